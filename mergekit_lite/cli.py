@@ -1,0 +1,158 @@
+"""`wtool merge`: options or a YAML file -> recipe -> plan -> run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from mergekit_lite.recipe import MergeRecipe
+    from wtool.plan import Plan
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+EPILOG = """\
+Methods: linear, slerp (-t), task_arithmetic, ties, dare_linear, dare_ties (--base, --density), passthrough.
+--weight and --density are given once for all models, or once a model, in their order.
+A stopped merge goes on where it was when the same command is run again."""
+
+
+@app.command(epilog=EPILOG)
+def merge(
+    models: Annotated[list[str], typer.Argument(help="checkpoints to merge, or one recipe file (mergekit's YAML)")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="merge method [default: linear]")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="checkpoint the models were fine-tuned from")] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", "-w", help="factor of a model")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="share of a task vector to keep, 0 to 1")] = None,
+    t: Annotated[float | None, typer.Option("-t", help="slerp: 0 is the first model, 1 the second")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="factor of the merged task vector")] = None,
+    scale: Annotated[float | None, typer.Option(help="passthrough: factor of the model")] = None,
+    normalize: Annotated[bool | None, typer.Option(help="divide by the weights that take part")] = None,
+    rescale: Annotated[str | None, typer.Option(help="dare: density, l1 or none; ties: l1 or none")] = None,
+    dtype: Annotated[str | None, typer.Option(help="type of the output: bfloat16, float16, float32")] = None,
+    seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
+    workers: Annotated[int | None, typer.Option(min=1, help="threads [default: all processors]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the output if it is there")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the plan and every problem; read no weights")
+    ] = False,
+    ignore_tokenizers: Annotated[bool, typer.Option("--ignore-tokenizers", help="merge unlike vocabularies")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="write NaN and infinity")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no remarks")] = False,
+) -> None:
+    """Merge checkpoints into one, streamed tensor by tensor."""
+    if output is None and not dry_run:
+        raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
+    flags: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": base,
+        "dtype": dtype,
+        "seed": seed or None,
+        "weight": weight or None,
+        "density": density or None,
+        "t": t,
+        "lambda": lambda_,
+        "scale": scale,
+        "normalize": normalize,
+        "rescale": rescale,
+    }
+    from mergekit_lite.planner import plan_merge
+    from wtool.console import parse_size
+
+    plan = plan_merge(
+        _recipe(models, {key: value for key, value in flags.items() if value is not None}),
+        headers_only=dry_run,
+        ignore_tokenizers=ignore_tokenizers,
+        max_shard_bytes=parse_size(shard_size),
+    )
+    if dry_run:
+        raise typer.Exit(_show(plan, workers, as_json))
+    assert output is not None
+    _run(plan, output, workers, force, allow_nonfinite, as_json, quiet)
+
+
+def _recipe(models: list[str], flags: dict[str, Any]) -> "MergeRecipe":
+    from mergekit_lite.recipe import parse_recipe, read_recipe
+
+    if models[0].endswith((".yml", ".yaml")):
+        if len(models) > 1 or flags:
+            extra = models[1] if len(models) > 1 else f"--{next(iter(flags))}"
+            raise UsageError(f"{models[0]}: a recipe file tells everything; '{extra}' cannot be given beside it")
+        return read_recipe(Path(models[0]))
+    content: dict[str, Any] = {
+        "merge_method": "linear",
+        "models": [{"model": model, "parameters": {}} for model in models],
+    }
+    parameters: dict[str, Any] = {}
+    for key, value in flags.items():
+        if key in ("merge_method", "base_model", "dtype", "seed"):
+            content[key] = value
+        elif isinstance(value, list) and len(value) > 1:
+            if len(value) != len(models):
+                raise UsageError(
+                    f"--{key} is given {len(value)} times for {len(models)} models; give it once, or once a model"
+                )
+            for entry, number in zip(content["models"], value):
+                entry["parameters"][key] = number
+        else:
+            parameters[key] = value[0] if isinstance(value, list) else value
+    if content["merge_method"] == "ties" and parameters.get("rescale") in ("l1", "none"):
+        parameters["rescale"] = parameters["rescale"] == "l1"
+    return parse_recipe({**content, "parameters": parameters}, "command line")
+
+
+def _show(plan: "Plan", workers: int | None, as_json: bool) -> int:
+    """Print a plan; the exit code tells whether it can be carried out."""
+    from wtool.console import emit, emit_json
+    from wtool.executors.local import available_cpus
+
+    summary = plan.summary(workers or available_cpus())
+    if as_json:
+        emit_json(summary)
+    else:
+        emit(plan.describe(workers or available_cpus()))
+    return 3 if plan.problems else 0
+
+
+def _run(
+    plan: "Plan", output: Path, workers: int | None, force: bool, allow_nonfinite: bool, as_json: bool, quiet: bool
+) -> None:
+    import time
+
+    from wtool import console
+    from wtool.executors.local import run
+
+    plan.check()
+    for warning in plan.warnings:
+        console.warn(warning)
+    start = time.perf_counter()
+    with console.progress("merging", sum(info.nbytes for info in plan.outputs.values()), quiet=quiet) as advance:
+        outcome = run(plan, output, workers=workers, force=force, allow_nonfinite=allow_nonfinite, progress=advance)
+    seconds = time.perf_counter() - start
+    if as_json:
+        console.emit_json(
+            {
+                "output": str(output),
+                "already_there": outcome.already_there,
+                "resumed_bytes": outcome.resumed_bytes,
+                "tensors": len(plan.outputs),
+                "bytes": plan.bytes_to_write,
+                "seconds": round(seconds, 3),
+                "warnings": list(plan.warnings),
+            }
+        )
+    elif outcome.already_there:
+        console.emit(
+            f"{output}: there already, made by this recipe from these inputs; nothing to do (--force makes it anew)"
+        )
+    else:
+        resumed = (
+            f", {console.human_bytes(outcome.resumed_bytes)} of it from the run before" if outcome.resumed_bytes else ""
+        )
+        size = console.human_bytes(plan.bytes_to_write)
+        console.emit(f"{output}: {len(plan.outputs)} tensors, {size} in {seconds:.1f} s{resumed}")

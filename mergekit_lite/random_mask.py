@@ -1,0 +1,58 @@
+"""Random masks that depend on nothing but (seed, model, tensor, element).
+
+Each (seed, model, tensor) has a key, each key a stream of 16 random bits an element, addressed by the element's
+number (O'Neill, "PCG: A family of simple fast space-efficient statistically good algorithms for random number
+generation", 2014; numpy's PCG64DXSM, which can jump). So a mask is the same whatever the order of execution, the
+number of workers, the other models, or the pieces in which the tensor is walked.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVELS = 1 << 16  # a density is honoured to the nearest multiple of 1 / LEVELS
+_PER_DRAW = 4  # elements for each 64 bits drawn
+
+
+def mask_key(seed: int, model: int, tensor: str) -> int:
+    """128 bits that name a mask.
+
+    model: the model's place in the recipe, from 0
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{model}/{tensor}".encode(), digest_size=16).digest(), "little")
+
+
+class RandomMask:
+    """Keeps each element with probability `density`.
+
+    density: in [0, 1]; `effective` is what it is rounded to
+    """
+
+    def __init__(self, key: int, density: float):
+        self._level = round(density * LEVELS)
+        self.effective = self._level / LEVELS
+        self._stream = np.random.PCG64DXSM(key)
+        self._origin = self._stream.state
+        self._position = 0  # draws taken
+
+    def fill(self, begin: int, out: Tensor) -> Tensor:
+        """Write 1 where an element is kept and 0 where it is dropped.
+
+        begin: the number of the first element, a multiple of 4
+        """
+        assert begin % _PER_DRAW == 0
+        if self._level == LEVELS:
+            return out.fill_(1.0)
+        draws = -(-out.numel() // _PER_DRAW)
+        self._seek(begin // _PER_DRAW)
+        numbers = self._stream.random_raw(draws).view(np.uint16)[: out.numel()]
+        self._position += draws
+        return out.copy_(torch.from_numpy((numbers < self._level).view(np.uint8)))
+
+    def _seek(self, draw: int) -> None:
+        if draw != self._position:
+            self._stream.state = self._origin
+            self._stream.advance(draw)
+            self._position = draw

@@ -1,0 +1,116 @@
+"""Task vectors: what fine-tuning added to a base, thinned out, weighed, made to agree, summed, added back.
+
+The common form of task arithmetic, TIES and DARE. With task vectors d_i = theta_i - theta_0:
+
+    1. thin     d_i <- S_i(d_i)                                  (what TIES and DARE do differently)
+    2. weigh    d_i <- w_i d_i
+    3. elect    s = +1 where sum_i d_i >= 0, else -1; drop what has another sign than s   (TIES; optional)
+    4. sum      d = sum_i d_i, divided, if asked, by the weights of the models that take part in the element
+    5. add      out = theta_0 + lambda d
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_lite import chunks
+
+Thin = Callable[[int, Tensor, Tensor], None]
+"""(first element, piece of a task vector to change in place, spare piece)."""
+
+
+def merge_task_vectors(
+    base: Tensor,
+    models: Sequence[Tensor],
+    *,
+    thin: Sequence[Thin | None],
+    weight: Sequence[float],
+    elect: bool,
+    normalize: bool,
+    scale: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """Merge by the five steps above.
+
+    thin:      one a model; None leaves its task vector as it is
+    elect:     drop elements whose sign is not the majority's
+    normalize: divide each element by the sum of the weights that went into it
+    scale:     lambda
+    """
+    if elect:
+        return _merge_elected(base, models, thin, weight, normalize, scale, dtype)
+    total = sum(weight) if normalize else 1.0
+    factors = [scale * w / (1.0 if abs(total) < 1e-8 else total) for w in weight]
+
+    def merge(begin: int, parts: list[Tensor], spare: list[Tensor]) -> Tensor:
+        original, *tuned = parts
+        out = spare[0].copy_(original)
+        for part, thin_out, factor in zip(tuned, thin, factors):
+            part.sub_(original)
+            if thin_out:
+                thin_out(begin, part, spare[1])
+            out.add_(part, alpha=factor)
+        return out
+
+    return chunks.apply(merge, [base, *models], spare=2, dtype=chunks.result_type([base, *models], dtype))
+
+
+def _merge_elected(
+    base: Tensor,
+    models: Sequence[Tensor],
+    thin: Sequence[Thin | None],
+    weight: Sequence[float],
+    normalize: bool,
+    scale: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    # The parts of both signs are summed side by side, and the elected one is picked at the end: arithmetic has no
+    # branches, and choosing by a boolean tensor takes ten times as long.
+    def merge(begin: int, parts: list[Tensor], spare: list[Tensor]) -> Tensor:
+        original, *tuned = parts
+        up, down, up_weight, down_weight, aside = spare
+        for sums in spare[:4]:
+            sums.zero_()
+        for part, thin_out, w in zip(tuned, thin, weight):
+            part.sub_(original)
+            if thin_out:
+                thin_out(begin, part, aside)
+            part.mul_(w)
+            up.add_(torch.clamp_min(part, 0.0, out=aside))
+            down.add_(torch.clamp_max(part, 0.0, out=aside))
+            if normalize:
+                up_weight.add_(torch.gt(part, 0.0, out=aside), alpha=w)
+                down_weight.add_(torch.lt(part, 0.0, out=aside), alpha=w)
+        elected_up = torch.ge(torch.add(up, down, out=aside), 0.0, out=aside)
+        out = torch.lerp(down, up, elected_up, out=up)
+        if normalize:
+            divisor = torch.lerp(down_weight, up_weight, elected_up, out=up_weight)
+            out.div_(divisor.add_(torch.eq(divisor, 0.0, out=aside)))  # nobody there: the sum is 0, divide by 1
+        return original.add_(out, alpha=scale)
+
+    return chunks.apply(merge, [base, *models], spare=5, dtype=chunks.result_type([base, *models], dtype))
+
+
+def length_ratio(base: Tensor, model: Tensor, thin: Thin) -> float:
+    """How much the l1 norm of a task vector shrinks by thinning: |d| / |S(d)|; 1 where either is 0."""
+    before = after = 0.0
+    spare = torch.empty(chunks.CHUNK, dtype=chunks.working_type([base, model]))
+    ones = torch.ones_like(spare)
+    for begin, (original, part) in chunks.pieces([base, model]):
+        part.sub_(original)
+        size = part.numel()
+        before += torch.abs(part, out=spare[:size]).dot(ones[:size]).item()
+        thin(begin, part, spare[:size])
+        after += part.abs_().dot(ones[:size]).item()
+    return before / after if before and after else 1.0
+
+
+def rescaled(thin: Thin, ratio: float) -> Thin:
+    """Thinning followed by a multiplication."""
+
+    def thin_and_scale(begin: int, part: Tensor, spare: Tensor) -> None:
+        thin(begin, part, spare)
+        part.mul_(ratio)
+
+    return thin_and_scale

@@ -1,0 +1,19 @@
+"""A checkpoint as a mapping from names to lazily read tensors; one file a source.
+
+base         the nouns: Checkpoint, TensorFile, TensorInfo
+safetensors  safetensors files, mapped
+torch_bin    torch .bin files, mapped, weights only
+gguf         GGUF files, dequantized on reading
+folder       a local folder: index, shards, config and the files beside them
+adapter      a base with a LoRA adapter added on reading
+hub          the Hub: what a repository holds, what of it is needed, its download
+hub_headers  the Hub: headers by range requests, nothing else downloaded
+hub_errors   the Hub: what can go wrong, in one line
+quantized    telling packed weights from plain ones
+tied         output heads that are the embedding again
+resolve      from what a user writes to one of the above
+"""
+
+from wtool.checkpoint.base import Checkpoint as Checkpoint
+from wtool.checkpoint.base import TensorInfo as TensorInfo
+from wtool.checkpoint.resolve import open_checkpoint as open_checkpoint

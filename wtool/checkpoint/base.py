@@ -1,0 +1,115 @@
+"""The noun of every input: a checkpoint is a mapping from tensor names to tensors that are read when asked for.
+
+A `Checkpoint` is what the rest of the tool sees; a `TensorFile` is one file of one. Opening either reads
+headers only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wtool.dtypes import itemsize
+from wtool.errors import MissingInput, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    dtype: str  # safetensors name, e.g. "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * itemsize(self.dtype)
+
+
+class TensorFile(ABC):
+    """One file with tensors in it."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]  # in the order of their data
+
+    @abstractmethod
+    def read(self, name: str) -> "torch.Tensor":
+        """The tensor; it may be a view of the mapped file, so it must not be written to."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Tells this file's header from another's, without reading the tensors' data."""
+
+    def identity(self) -> "FileIdentity":
+        stat = self.path.stat()
+        return FileIdentity(self.path.name, stat.st_size, stat.st_mtime_ns, self.digest())
+
+    def prefetch(self, name: str) -> None:  # noqa: B027 - a hint, which a format may ignore
+        """Ask the system to have the tensor's bytes ready soon."""
+
+    def forget(self, name: str) -> None:  # noqa: B027 - a hint, which a format may ignore
+        """Tell that the tensor's bytes are not needed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells an input file from another one of the same name, without reading all of it."""
+
+    name: str
+    size: int  # bytes
+    modified_ns: int
+    header: str  # digest of the header
+
+
+class Checkpoint(ABC):
+    """A model's weights, read lazily tensor by tensor, with the files that stand beside them."""
+
+    label: str  # as the user wrote it
+    tensors: Mapping[str, TensorInfo]  # in the order they lie on disk, shard after shard
+    config: dict[str, Any]  # config.json; empty where there is none
+    files: Mapping[str, Path]  # the other files of the model (tokenizer, generation config, chat template, card)
+    revision: str | None = None  # the Hub commit the files are from; None for local files
+
+    @abstractmethod
+    def read(self, name: str) -> "torch.Tensor":
+        """The tensor, in the dtype the header tells or a more precise one.
+
+        It may be a view of a mapped file, so it must not be written to.
+
+        raises: MissingInput if there is no tensor of that name
+        """
+
+    @abstractmethod
+    def identity(self) -> list[FileIdentity]:
+        """The files the weights come from."""
+
+    @abstractmethod
+    def folders(self) -> list[Path]:
+        """Where the weights lie on this machine (resolved folders or files); nothing may be written there."""
+
+    def prefetch(self, name: str) -> None:  # noqa: B027 - a hint, which a source may ignore
+        """Ask the system to have the tensor's bytes ready soon."""
+
+    def forget(self, name: str) -> None:  # noqa: B027 - a hint, which a source may ignore
+        """Tell that the tensor's bytes are not needed any more."""
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(info.elements for info in self.tensors.values())
+
+    def missing(self, name: str) -> MissingInput:
+        """The error for a name that is not there."""
+        return MissingInput(f"{self.label}: no tensor '{name}'{did_you_mean(name, self.tensors)}")

@@ -1,0 +1,1 @@
+"""The hall's own verbs, one file each: a thin skin from options to one call."""

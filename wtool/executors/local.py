@@ -1,0 +1,186 @@
+"""Runs a plan in this process: a few threads, each with one step in flight.
+
+A worker asks the system for the bytes of the step that comes next, computes its own from mapped inputs, writes
+the result to its place and forgets both. The steps are in the order of the output's shards, so inputs laid out
+alike are read from front to back. Results do not depend on the number of workers: a step knows no other step, and
+torch computes with one thread inside each.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wtool import __version__
+from wtool.errors import RuntimeProblem, UsageError
+from wtool.finite import first_nonfinite
+from wtool.plan import Plan, Step
+from wtool.writer import MANIFEST, Writer, checksum, is_complete, json_bytes
+
+Progress = Callable[[int], None]  # is told the bytes written by each step done
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    out: Path
+    already_there: bool  # the same work had been completed before; nothing was done
+    resumed_bytes: int  # written by an earlier run that was stopped
+
+
+def available_cpus() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def check_place(plan: Plan, out: Path) -> None:
+    """Refuse an output in, at, or around an input.
+
+    raises: UsageError
+    """
+    here = out.resolve()
+    for source in plan.sources:
+        for folder in source.folders():
+            if here.is_relative_to(folder):
+                raise UsageError(f"{out}: is inside the input {source.label}; an input is never changed")
+            if folder.is_relative_to(here):
+                raise UsageError(f"{out}: holds the input {source.label}; an input is never changed")
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> Outcome:
+    """Carry out a plan, or go on with one that was stopped.
+
+    workers: threads; all processors of the process if None
+    force: replace an output that is there, discard unfinished work of another recipe
+    allow_nonfinite: write NaN and infinity instead of refusing them
+
+    raises: WtoolError; what was done is kept and continued by the same call
+    """
+    plan.check()
+    check_place(plan, out)
+    fingerprint = plan.fingerprint()
+    if out.exists() and not force and is_complete(out, fingerprint):
+        return Outcome(out, already_there=True, resumed_bytes=0)
+    with Writer(out, plan.shards, fingerprint, force=force) as writer:
+        todo = [step for step in plan.steps if not all(name in writer.done for name in step.outputs)]
+        resumed = sum(plan.outputs[name].nbytes for name in writer.done)
+        progress(resumed)
+        _run_steps(plan, todo, writer, workers or available_cpus(), allow_nonfinite, progress)
+        manifest = _manifest(plan, writer, fingerprint)
+        writer.commit({**plan.files, MANIFEST: json_bytes(manifest)})
+    return Outcome(out, already_there=False, resumed_bytes=resumed)
+
+
+def _run_steps(
+    plan: Plan, steps: list[Step], writer: Writer, workers: int, allow_nonfinite: bool, progress: Progress
+) -> None:
+    queue = iter(enumerate(steps))
+    guard = threading.Lock()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with guard:
+                number, step = next(queue, (0, None))
+            if step is None:
+                return
+            if number + workers < len(steps):
+                for source, name in steps[number + workers].reads:
+                    plan.sources[source].prefetch(name)
+            try:
+                _run_step(plan, step, writer, allow_nonfinite)
+            except BaseException:
+                stop.set()
+                raise
+            progress(step.nbytes_written)
+
+    with _one_torch_thread(), ThreadPoolExecutor(workers, thread_name_prefix="step") as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()
+
+
+def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> None:
+    inputs = [plan.sources[source].read(name) for source, name in step.reads]
+    result = step.function(*inputs)
+    tensors = dict(zip(step.outputs, (result,) if isinstance(result, torch.Tensor) else result, strict=True))
+    if not allow_nonfinite:
+        for name, tensor in tensors.items():
+            if (element := first_nonfinite(tensor)) is not None:
+                raise _nonfinite(plan, step, inputs, name, tensor, element)
+    sums = [[source, name, checksum(tensor.contiguous())] for (source, name), tensor in zip(step.reads, inputs)]
+    writer.write(tensors, note={"inputs": sums})
+    for source, name in step.reads:
+        plan.sources[source].forget(name)
+
+
+def _nonfinite(
+    plan: Plan, step: Step, inputs: list[torch.Tensor], name: str, result: torch.Tensor, element: int
+) -> RuntimeProblem:
+    cure = "--allow-nonfinite writes it as it is"
+    for (source, read), tensor in zip(step.reads, inputs):
+        if (where := first_nonfinite(tensor)) is not None:
+            value = tensor.reshape(-1)[where].item()
+            return RuntimeProblem(
+                f"{plan.sources[source].label}: tensor '{read}' has {value} at element {where}; {cure}"
+            )
+    value = result.reshape(-1)[element].item()
+    dtype = str(result.dtype).removeprefix("torch.")
+    return RuntimeProblem(
+        f"tensor '{name}': the result is {value} at element {element} in {dtype} though all inputs are finite "
+        f"(weights that cancel, or values beyond {dtype}); {cure}"
+    )
+
+
+def _manifest(plan: Plan, writer: Writer, fingerprint: str) -> dict[str, Any]:
+    """What was made of what: the same inputs and recipe give the same manifest, to the byte."""
+    read: list[dict[str, str]] = [{} for _ in plan.sources]
+    for note in writer.notes:
+        for source, name, digest in note["inputs"]:
+            read[source][name] = digest
+    inputs = [
+        {
+            "checkpoint": source.label,
+            **({"revision": source.revision} if source.revision else {}),
+            "files": {file.name: {"size": file.size, "header_sha256": file.header} for file in source.identity()},
+            "tensors_read": len(read[i]),
+            # of "name digest" lines in the order of names: the same weights give the same digest in any shards
+            "weights_xxh3": checksum("\n".join(f"{name} {read[i][name]}" for name in sorted(read[i])).encode()),
+        }
+        for i, source in enumerate(plan.sources)
+    ]
+    return {
+        "wtool": __version__,
+        "fingerprint": fingerprint,
+        "recipe": plan.recipe,
+        "inputs": inputs,
+        "tensors_xxh3": {name: writer.done[name] for name in plan.outputs},
+    }
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,115 @@
+"""What will happen, made from headers alone: steps that read named tensors and make named tensors.
+
+A plan can be printed, checked without weights, sent to another machine and refused before anything is read.
+`wtool.executors` run one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wtool import __version__
+from wtool.checkpoint.base import Checkpoint, TensorInfo
+from wtool.console import human_bytes
+from wtool.errors import Mismatch
+from wtool.writer import Shard, plan_shards
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of work: tensors in, tensors out."""
+
+    reads: tuple[tuple[int, str], ...]  # (source, tensor)
+    outputs: Mapping[str, TensorInfo]
+    function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]"  # of the tensors read, in their order
+
+    @property
+    def nbytes_written(self) -> int:
+        return sum(info.nbytes for info in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in the order of their outputs on disk, with what stands beside the weights."""
+
+    sources: tuple[Checkpoint, ...]
+    steps: tuple[Step, ...]
+    files: Mapping[str, bytes | Path]  # beside the weights: name -> content, or the file to copy
+    recipe: Mapping[str, Any]  # what was asked, for the manifest (JSON)
+    problems: Sequence[str] = ()  # what makes the plan impossible
+    warnings: Sequence[str] = ()  # what the user should know
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+
+    @cached_property
+    def outputs(self) -> dict[str, TensorInfo]:
+        return {name: info for step in self.steps for name, info in step.outputs.items()}
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        return plan_shards(self.outputs, self.max_shard_bytes)
+
+    @cached_property
+    def bytes_to_read(self) -> int:
+        reads = {read for step in self.steps for read in step.reads}
+        return sum(self.sources[source].tensors[name].nbytes for source, name in reads)
+
+    @cached_property
+    def bytes_to_write(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    def peak_bytes(self, workers: int) -> int:
+        """An upper bound of the memory of the outputs in flight; inputs are mapped, not held."""
+        largest = sorted((step.nbytes_written for step in self.steps), reverse=True)
+        return sum(largest[:workers])
+
+    def summary(self, workers: int) -> dict[str, Any]:
+        """The plan in figures, for scripts."""
+        return {
+            "recipe": dict(self.recipe),
+            "inputs": [source.label for source in self.sources],
+            "tensors": len(self.outputs),
+            "parameters": sum(info.elements for info in self.outputs.values()),
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "shards": len(self.shards),
+            "peak_memory_bytes": self.peak_bytes(workers),
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+        }
+
+    def describe(self, workers: int) -> str:
+        """The plan in words."""
+        lines = [
+            f"{len(self.outputs)} tensors of {len(self.sources)} checkpoints: "
+            f"read {human_bytes(self.bytes_to_read)}, write {human_bytes(self.bytes_to_write)} in {len(self.shards)} "
+            f"file(s), up to {human_bytes(self.peak_bytes(workers))} of results in memory ({workers} workers)",
+            *(f"warning: {warning}" for warning in self.warnings),
+            *(f"problem: {problem}" for problem in self.problems),
+        ]
+        lines.append("this plan cannot be carried out" if self.problems else "no problem found")
+        return "\n".join(lines)
+
+    def fingerprint(self) -> str:
+        """Tells this work from any other: recipe, inputs, layout of the output, version of the tool."""
+        identity = {
+            "wtool": __version__,
+            "recipe": self.recipe,
+            "inputs": [[asdict(file) for file in source.identity()] for source in self.sources],
+            "outputs": [[shard.filename, hashlib.sha256(shard.header).hexdigest()] for shard in self.shards],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Raise Mismatch if the plan cannot be carried out."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more: --dry-run lists them)" if len(self.problems) > 1 else ""
+            raise Mismatch(f"{self.problems[0]}{more}")

@@ -1,0 +1,351 @@
+"""The streaming writer: headers first, tensors put in place as they come, one rename at the end.
+
+Shapes and dtypes of every output are known from the plan, so each shard's safetensors header is written before
+any data, and each tensor goes straight to its place, in any order, from any thread. No shard is ever in memory.
+
+While the work goes on, everything is in a hidden folder beside the output:
+
+    .NAME.wtool/
+        lock           held by the process that writes
+        journal        what is complete: a line a step, with a checksum of each tensor
+        output/        what will be NAME
+        replaced/      what was NAME before, for a moment, under --force
+
+The output appears under its name by a rename, when it is whole and on the disk. After a stop (kill -9, a full
+disk, a lost machine) the same work goes on where it was: a tensor counts as done if the journal says so and its
+bytes have the checksum written there. So the journal itself needs no care beyond whole lines.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import xxhash
+
+from wtool.checkpoint.base import TensorInfo
+from wtool.dtypes import itemsize
+from wtool.errors import DiskFull, OutputError, OutputExists, UnfinishedWork
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "wtool.json"
+INDEX = "model.safetensors.index.json"
+_MAX_WRITE = 1 << 30  # bytes; one write call takes at most 2 GiB
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its header's bytes, and where each tensor's data begins in the file."""
+
+    filename: str
+    header: bytes
+    offsets: Mapping[str, int]
+    tensors: Mapping[str, TensorInfo]
+    size: int  # bytes
+
+
+def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
+    """Divide tensors, in their order, into files of at most `max_bytes` of data (a larger tensor gets its own)."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    filled = 0
+    for name, info in tensors.items():
+        if groups[-1] and filled + info.nbytes > max_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = info
+        filled += info.nbytes
+    if len(groups) == 1:
+        return [_lay_out("model.safetensors", groups[0])]
+    return [_lay_out(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def _lay_out(filename: str, tensors: Mapping[str, TensorInfo]) -> Shard:
+    # wider types first keeps every tensor aligned to its element size, as readers by memory map want
+    ordered = sorted(tensors.items(), key=lambda item: -itemsize(item[1].dtype))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    position = 0
+    for name, info in ordered:
+        begins[name] = position
+        entries[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    return Shard(
+        filename=filename,
+        header=header,
+        offsets={name: len(header) + begin for name, begin in begins.items()},
+        tensors=dict(ordered),
+        size=len(header) + position,
+    )
+
+
+def index_of(shards: Sequence[Shard]) -> bytes:
+    """The index file of a sharded checkpoint."""
+    weight_map = {name: shard.filename for shard in shards for name in shard.tensors}
+    total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
+    return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def json_bytes(content: object) -> bytes:
+    """JSON for people: indented, unescaped, with a newline at the end."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def checksum(data: "torch.Tensor | bytes") -> str:
+    """xxh3-128 of a tensor's bytes, in hexadecimal."""
+    return xxhash.xxh3_128(data if isinstance(data, bytes) else tensor_bytes(data)).hexdigest()
+
+
+def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
+    """A contiguous tensor's memory."""
+    import torch
+
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Writer:
+    """Writes one checkpoint; use it as a context manager, and end with `commit`.
+
+    out: the folder that will appear
+    fingerprint: tells this work from any other; only work of the same fingerprint is continued
+    force: replace an output that is there already, and discard half-done work of another fingerprint
+
+    raises: OutputExists, UnfinishedWork, DiskFull
+    """
+
+    def __init__(self, out: Path, shards: Sequence[Shard], fingerprint: str, *, force: bool = False):
+        self.out = out
+        self.shards = shards
+        self.fingerprint = fingerprint
+        self.work = work_folder(out)
+        self.folder = self.work / "output"
+        self._shard_of = {name: shard for shard in shards for name in shard.tensors}
+        self._missing = {shard.filename: len(shard.tensors) for shard in shards}
+        self._guard = threading.Lock()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="fsync")
+        self._syncs: list[Future[None]] = []
+        self._files: dict[str, int] = {}
+        self._check_place(force)
+        with disk_errors(out):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            self.done: dict[str, str] = {}  # tensor -> checksum
+            self.notes: list[dict[str, Any]] = []  # what the steps told, in the order they ended
+            self._prepare(force)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, tensors: Mapping[str, "torch.Tensor"], note: Mapping[str, Any] | None = None) -> None:
+        """Put a step's tensors in their places and note them as done; any thread may call it.
+
+        note: what else is to be known of the step after a restart (JSON)
+        """
+        sums: dict[str, str] = {}
+        with disk_errors(self.out):
+            for name, tensor in tensors.items():
+                shard = self._shard_of[name]
+                data = tensor_bytes(tensor)
+                assert data.nbytes == shard.tensors[name].nbytes, name
+                _write_at(self._files[shard.filename], data, shard.offsets[name])
+                sums[name] = xxhash.xxh3_128(data).hexdigest()
+            self._note_done(sums, dict(note or {}))
+
+    def _note_done(self, sums: dict[str, str], note: dict[str, Any]) -> None:
+        line = json.dumps({"done": sums, "note": note}, ensure_ascii=False).encode() + b"\n"
+        with self._guard:
+            os.write(self._journal, line)
+            self._count_done(sums, note)
+
+    def _count_done(self, sums: dict[str, str], note: dict[str, Any]) -> None:
+        self.done.update(sums)
+        self.notes.append(note)
+        for name in sums:
+            filename = self._shard_of[name].filename
+            self._missing[filename] -= 1
+            if not self._missing[filename]:  # the disk can start on it while the others are computed
+                self._syncs.append(self._syncer.submit(os.fsync, self._files[filename]))
+
+    def commit(self, files: Mapping[str, bytes | Path]) -> None:
+        """Add the files beside the weights, and let the output appear under its name.
+
+        files: name -> content, or the file to copy
+        """
+        assert len(self.done) == len(self._shard_of)
+        with disk_errors(self.out):
+            if len(self.shards) > 1:
+                files = {**files, INDEX: index_of(self.shards)}
+            for name, content in files.items():
+                data = content.read_bytes() if isinstance(content, Path) else content
+                with (self.folder / name).open("wb") as file:
+                    file.write(data)
+                    os.fsync(file.fileno())
+            for sync in self._syncs:
+                sync.result()
+            _sync_folder(self.folder)
+            if self.out.exists():
+                shutil.rmtree(self.work / "replaced", ignore_errors=True)
+                self.out.rename(self.work / "replaced")
+            self.folder.rename(self.out)
+            _sync_folder(self.out.parent)
+            self.close()
+            shutil.rmtree(self.work)
+
+    def close(self) -> None:
+        """Let go of files and lock; what is unfinished stays, to be continued."""
+        self._syncer.shutdown()
+        for file in (*self._files.values(), getattr(self, "_journal", None), self._lock):
+            if file is not None:
+                os.close(file)
+        self._files, self._lock, self._journal = {}, None, None
+
+    def _check_place(self, force: bool) -> None:
+        if self.out.exists() and not force:
+            raise OutputExists(f"{self.out}: there already; --force replaces it")
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputExists(f"{self.out}: a file, not a folder; --force only replaces a folder")
+
+    def _take_lock(self) -> int | None:
+        lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UnfinishedWork(f"{self.out}: another wtool is writing it now") from None
+        return lock
+
+    def _prepare(self, force: bool) -> None:
+        journal = self.work / "journal"
+        entries = _read_journal(journal)
+        if entries and entries[0].get("fingerprint") != self.fingerprint:
+            if not force:
+                self.close()
+                raise UnfinishedWork(
+                    f"{self.work}: unfinished work of another recipe or of inputs that changed since; "
+                    "--force discards it"
+                )
+            entries = []
+        if not entries:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with journal.open("wb") as file:
+                file.write(json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
+        self.folder.mkdir(exist_ok=True)
+        self._check_room()
+        self._journal: int | None = os.open(journal, os.O_WRONLY | os.O_APPEND)
+        if entries and not journal.read_bytes().endswith(b"\n"):
+            os.write(self._journal, b"\n")  # end the line that a stop cut short
+        for shard in self.shards:
+            self._files[shard.filename] = self._open_shard(shard)
+        for entry in entries[1:]:
+            if not self.done.keys() & entry["done"] and self._is_intact(entry["done"]):
+                self._count_done(entry["done"], entry["note"])
+
+    def _open_shard(self, shard: Shard) -> int:
+        file = os.open(self.folder / shard.filename, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(file, shard.size)
+        _write_at(file, memoryview(shard.header), 0)
+        return file
+
+    def _check_room(self) -> None:
+        present = sum(_allocated(self.folder / shard.filename) for shard in self.shards)
+        needed = sum(shard.size for shard in self.shards) - present
+        free = shutil.disk_usage(self.work).free
+        if needed > free:
+            raise DiskFull(f"{self.out}: needs {needed:,} bytes more, the disk has {free:,} free")
+
+    def _is_intact(self, sums: Mapping[str, str]) -> bool:
+        """Whether the tensors' bytes on disk are those that the journal tells of."""
+        for name, expected in sums.items():
+            shard = self._shard_of[name]
+            found = xxhash.xxh3_128()
+            position, left = shard.offsets[name], shard.tensors[name].nbytes
+            while left:
+                data = os.pread(self._files[shard.filename], min(left, 1 << 24), position)
+                found.update(data)
+                position, left = position + len(data), left - len(data)
+            if found.hexdigest() != expected:
+                return False
+        return True
+
+
+def work_folder(out: Path) -> Path:
+    """The hidden folder beside an output that holds it while it is being written."""
+    return out.parent / f".{out.name}.wtool"
+
+
+def is_complete(out: Path, fingerprint: str) -> bool:
+    """Whether the output is there already, made by the same work; clears away what a stop at the very end left."""
+    manifest = out / MANIFEST
+    try:
+        same = json.loads(manifest.read_bytes()).get("fingerprint") == fingerprint
+    except (OSError, ValueError, AttributeError):
+        return False
+    work = work_folder(out)
+    entries = _read_journal(work / "journal") if same else []
+    if entries and entries[0].get("fingerprint") == fingerprint and not (work / "output").exists():
+        shutil.rmtree(work)
+    return same
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn the system's errors into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(
+                f"{out}: no room left on the disk; what is done is kept, free some and run the same command again"
+            ) from None
+        raise OutputError(f"{error.filename or out}: cannot be written: {error.strerror}") from None
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    """The journal's whole lines; a line cut short by a stop is passed over."""
+    entries: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                entries.append(cast(dict[str, Any], json.loads(line)))
+            except ValueError:
+                continue
+    return entries
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.is_file() else 0
+
+
+def _write_at(file: int, data: memoryview, position: int) -> None:
+    data = data.cast("B")
+    while data:
+        written = os.pwrite(file, data[:_MAX_WRITE], position)
+        data, position = data[written:], position + written
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
