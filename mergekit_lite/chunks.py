@@ -41,7 +41,10 @@ def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
     buffers = [torch.empty(min(CHUNK, flat[0].numel()), dtype=kind) for _ in flat]
     for begin in range(0, flat[0].numel(), CHUNK):
         end = min(begin + CHUNK, flat[0].numel())
-        yield begin, [buffer[: end - begin].copy_(tensor[begin:end]) for buffer, tensor in zip(buffers, flat)]
+        yield (
+            begin,
+            [buffer[: end - begin].copy_(tensor[begin:end]) for buffer, tensor in zip(buffers, flat, strict=True)],
+        )
 
 
 def apply(kernel: Kernel, tensors: Sequence[Tensor], *, spare: int = 0, dtype: torch.dtype | None = None) -> Tensor:

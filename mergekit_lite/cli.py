@@ -97,7 +97,7 @@ def _recipe(models: list[str], flags: dict[str, Any]) -> "MergeRecipe":
                 raise UsageError(
                     f"--{key} is given {len(value)} times for {len(models)} models; give it once, or once a model"
                 )
-            for entry, number in zip(content["models"], value):
+            for entry, number in zip(content["models"], value, strict=True):
                 entry["parameters"][key] = number
         else:
             parameters[key] = value[0] if isinstance(value, list) else value

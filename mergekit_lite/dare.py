@@ -42,7 +42,7 @@ def dare_linear(
     normalize: divide the sum by the weights' sum
     lambda_:   factor of the merged task vector
     """
-    thin = [_drop(base, *each, rescale) for each in zip(models, density, key)]
+    thin = [_drop(base, *each, rescale) for each in zip(models, density, key, strict=True)]
     return merge_task_vectors(
         base, models, thin=thin, weight=weight, elect=False, normalize=normalize, scale=lambda_, dtype=dtype
     )
@@ -64,7 +64,7 @@ def dare_ties(
 
     normalize: divide each element by the sum of the weights that agree with the elected sign
     """
-    thin = [_drop(base, *each, rescale) for each in zip(models, density, key)]
+    thin = [_drop(base, *each, rescale) for each in zip(models, density, key, strict=True)]
     return merge_task_vectors(
         base, models, thin=thin, weight=weight, elect=True, normalize=normalize, scale=lambda_, dtype=dtype
     )

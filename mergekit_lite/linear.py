@@ -28,7 +28,7 @@ def linear(
 
     def mean(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
         out = parts[0].mul_(shares[0])
-        for part, share in zip(parts[1:], shares[1:]):
+        for part, share in zip(parts[1:], shares[1:], strict=True):
             out.add_(part, alpha=share)
         return out
 

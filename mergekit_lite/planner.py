@@ -179,7 +179,7 @@ class _Planner:
 
     def _step(self, name: str, reads: list[tuple[int, str]], infos: Sequence[TensorInfo]) -> Step | None:
         first = infos[0]
-        for (source, _), info in zip(reads, infos):
+        for (source, _), info in zip(reads, infos, strict=True):
             if info.shape != first.shape:
                 self.problems.append(
                     f"tensor '{name}' is {list(first.shape)} in {self.sources[reads[0][0]].label} "
@@ -207,7 +207,7 @@ class _Planner:
         for key, parameter in self.method.per_model.items():
             numbers[key] = [
                 number(key, parameter, own, self.sources[source].label)
-                for own, source in zip(self.settings, self.models)
+                for own, source in zip(self.settings, self.models, strict=True)
             ]
         if self.method.is_random:
             numbers["key"] = [mask_key(self.recipe.seed, i, name) for i in range(len(self.models))]

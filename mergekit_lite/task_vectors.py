@@ -46,7 +46,7 @@ def merge_task_vectors(
     def merge(begin: int, parts: list[Tensor], spare: list[Tensor]) -> Tensor:
         original, *tuned = parts
         out = spare[0].copy_(original)
-        for part, thin_out, factor in zip(tuned, thin, factors):
+        for part, thin_out, factor in zip(tuned, thin, factors, strict=True):
             part.sub_(original)
             if thin_out:
                 thin_out(begin, part, spare[1])
@@ -72,7 +72,7 @@ def _merge_elected(
         up, down, up_weight, down_weight, aside = spare
         for sums in spare[:4]:
             sums.zero_()
-        for part, thin_out, w in zip(tuned, thin, weight):
+        for part, thin_out, w in zip(tuned, thin, weight, strict=True):
             part.sub_(original)
             if thin_out:
                 thin_out(begin, part, aside)

@@ -36,7 +36,7 @@ def ties(
     rescale:   bring each trimmed task vector back to its l1 norm before
     lambda_:   factor of the merged task vector
     """
-    thin = [_trim(base, model, share, rescale) for model, share in zip(models, density)]
+    thin = [_trim(base, model, share, rescale) for model, share in zip(models, density, strict=True)]
     return merge_task_vectors(
         base, models, thin=thin, weight=weight, elect=True, normalize=normalize, scale=lambda_, dtype=dtype
     )
@@ -52,10 +52,14 @@ def _trim(base: Tensor, model: Tensor, density: float, rescale: bool) -> Thin | 
     if keep >= model.numel():
         return None
     if not keep:
-        return lambda begin, part, spare: part.zero_() and None
+        return _drop_all
     cut = selection.largest(base, model, keep=keep)
     trim = _keep_largest(cut)
     return rescaled(trim, length_ratio(base, model, trim)) if rescale else trim
+
+
+def _drop_all(begin: int, part: Tensor, spare: Tensor) -> None:
+    part.zero_()
 
 
 def _keep_largest(cut: selection.Cut) -> Thin:

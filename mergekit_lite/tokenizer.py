@@ -1,4 +1,4 @@
-"""Do two models mean the same tokens by the same numbers? Told from their tokenizer files, before any weight is read."""
+"""Do two models mean the same tokens by the same numbers? Told from tokenizer files, before weights are read."""
 
 import json
 from collections.abc import Mapping

@@ -126,7 +126,9 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
         for name, tensor in tensors.items():
             if (element := first_nonfinite(tensor)) is not None:
                 raise _nonfinite(plan, step, inputs, name, tensor, element)
-    sums = [[source, name, checksum(tensor.contiguous())] for (source, name), tensor in zip(step.reads, inputs)]
+    sums = [
+        [source, name, checksum(tensor.contiguous())] for (source, name), tensor in zip(step.reads, inputs, strict=True)
+    ]
     writer.write(tensors, note={"inputs": sums})
     for source, name in step.reads:
         plan.sources[source].forget(name)
@@ -136,7 +138,7 @@ def _nonfinite(
     plan: Plan, step: Step, inputs: list[torch.Tensor], name: str, result: torch.Tensor, element: int
 ) -> RuntimeProblem:
     cure = "--allow-nonfinite writes it as it is"
-    for (source, read), tensor in zip(step.reads, inputs):
+    for (source, read), tensor in zip(step.reads, inputs, strict=True):
         if (where := first_nonfinite(tensor)) is not None:
             value = tensor.reshape(-1)[where].item()
             return RuntimeProblem(
