@@ -94,7 +94,7 @@ def _roles(recipe: MergeRecipe) -> tuple[str | None, list[tuple[str, Mapping[str
     configuration and tokenizer.
     """
     method, base = recipe.method, recipe.base_model
-    entries = [(entry.model, entry.parameters) for entry in recipe.models]
+    entries: list[tuple[str, Mapping[str, Any]]] = [(entry.model, entry.parameters) for entry in recipe.models]
     if method.has_base:
         if base is None:
             raise UsageError(

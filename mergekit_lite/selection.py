@@ -8,6 +8,7 @@ over the halves of the float's bits find it exactly in constant memory.
 Ties at the threshold are broken by position: earlier elements are kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, floor, inf, sqrt
 
@@ -40,13 +41,14 @@ def largest(base: Tensor, model: Tensor, *, keep: int) -> Cut:
     if keep >= n:
         return Cut(magnitude=-1.0, ties_end=n)
     low, high = _bracket(base, model, keep)
-    above, inside = 0, []
+    above, gathered, inside = 0, 0, []
     most_inside = max(MAX_INSIDE * n, chunks.CHUNK)
-    gathered = 0
+    is_above, is_inside = np.empty(chunks.CHUNK, dtype=bool), np.empty(chunks.CHUNK, dtype=bool)
     for _, magnitude in _magnitudes(base, model):
-        is_above = magnitude > high
-        above += int(np.count_nonzero(is_above))
-        inside.append(magnitude[(magnitude >= low) ^ is_above])
+        over = np.greater(magnitude, high, out=is_above[: magnitude.size])
+        within = np.greater_equal(magnitude, low, out=is_inside[: magnitude.size])
+        above += int(np.count_nonzero(over))
+        inside.append(magnitude[np.not_equal(within, over, out=within)])
         gathered += inside[-1].size
         if above > keep or gathered > most_inside:
             return _by_histogram(base, model, keep)
@@ -59,7 +61,8 @@ def largest(base: Tensor, model: Tensor, *, keep: int) -> Cut:
     return Cut(threshold, _ties_end(base, model, threshold, wanted, [int((p == threshold).sum()) for p in inside]))
 
 
-def _magnitudes(base: Tensor, model: Tensor):
+def _magnitudes(base: Tensor, model: Tensor) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """Yield (first element, |model - base|) piece by piece; the memory is used again."""
     for begin, (b, m) in chunks.pieces([base, model]):
         yield begin, m.sub_(b).abs_().numpy()
 

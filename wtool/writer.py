@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "wtool.json"
 INDEX = "model.safetensors.index.json"
+_line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # making an encoder a line takes longer
 _MAX_WRITE = 1 << 30  # bytes; one write call takes at most 2 GiB
 
 
@@ -172,8 +173,9 @@ class Writer:
             self._note_done(sums, dict(note or {}))
 
     def _note_done(self, sums: dict[str, str], note: dict[str, Any]) -> None:
-        line = json.dumps({"done": sums, "note": note}, ensure_ascii=False).encode() + b"\n"
+        line = _line({"done": sums, "note": note}).encode() + b"\n"
         with self._guard:
+            assert self._journal is not None
             os.write(self._journal, line)
             self._count_done(sums, note)
 

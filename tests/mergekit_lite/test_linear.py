@@ -37,7 +37,9 @@ def test_is_cast_once(tensors):
     # the mean of three bfloat16 tensors as float32 is not what it would be through bfloat16
     _, models = tensors(3, dtype=torch.bfloat16)
     exact = sum(model.double() for model in models) / 3
-    torch.testing.assert_close(linear(models, weight=[1, 1, 1], dtype=torch.float32).double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        linear(models, weight=[1, 1, 1], dtype=torch.float32).double(), exact, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_types_are_promoted(tensors):

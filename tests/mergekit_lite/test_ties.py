@@ -60,7 +60,9 @@ def test_a_tie_of_signs_is_plus():
     assert merged.tolist() == [2.0]
 
 
-@pytest.mark.parametrize(("density", "elements", "expected"), [(0.29, 100, 29), (0.7, 10, 7), (0.001, 10, 1), (0.0, 10, 0)])
+@pytest.mark.parametrize(
+    ("density", "elements", "expected"), [(0.29, 100, 29), (0.7, 10, 7), (0.001, 10, 1), (0.0, 10, 0)]
+)
 def test_counts_are_exact(density, elements, expected):
     # 0.29 * 100 is 28.999999999999996 in floating point
     assert kept(density, elements) == expected

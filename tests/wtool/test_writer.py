@@ -43,7 +43,9 @@ def test_what_is_written_is_what_the_package_reads(tmp_path, max_bytes):
         with safe_open(tmp_path / "out" / shard.filename, "pt") as file:
             assert file.metadata() == {"format": "pt"}
     assert found.keys() == TENSORS.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
     assert (tmp_path / "out" / "note.txt").read_bytes() == b"hello"
     assert not work_folder(tmp_path / "out").exists()
     if len(shards) > 1:

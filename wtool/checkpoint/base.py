@@ -5,7 +5,7 @@ headers only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -58,6 +58,26 @@ class TensorFile(ABC):
 
     def forget(self, name: str) -> None:  # noqa: B027 - a hint, which a format may ignore
         """Tell that the tensor's bytes are not needed any more."""
+
+
+class LazyFiles(Mapping[str, Path]):
+    """Files by name, made or looked up when the first of them is asked for."""
+
+    def __init__(self, find: Callable[[], Mapping[str, Path]]):
+        self._find = find
+
+    @cached_property
+    def _files(self) -> Mapping[str, Path]:
+        return self._find()
+
+    def __getitem__(self, name: str) -> Path:
+        return self._files[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ SIDE_FILES = (
 )
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+WEIGHTS = (SINGLES[0], INDEXES[0], SINGLES[1], INDEXES[1])  # the first there is counts, as in transformers
 
 
 class Folder(Checkpoint):
@@ -90,7 +91,8 @@ def open_local(path: Path, label: str) -> Checkpoint:
     raises: MissingInput where there are no weights, MalformedFile where they are damaged
     """
     folder = path if path.is_dir() else path.parent
-    index = next((path / name for name in INDEXES if (path / name).is_file()), None)
+    first = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    index = first if first and first.name in INDEXES else None
     weight_map = read_index(index) if index else {}
     files = [_open_file(file) for file in (_shards(index, weight_map) if index else _weight_files(path))]
     if index:

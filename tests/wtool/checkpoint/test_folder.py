@@ -35,6 +35,13 @@ def test_a_single_file_is_a_checkpoint(sharded):
     assert list(open_checkpoint(str(sharded / "one.safetensors")).tensors) == ["a"]
 
 
+def test_of_several_weights_transformers_choice_counts(sharded):
+    (sharded / "pytorch_model.bin.index.json").write_text("{}")
+    assert list(open_checkpoint(str(sharded)).tensors) == ["a", "b"]
+    save_file({"c": torch.ones(2)}, sharded / "model.safetensors")
+    assert list(open_checkpoint(str(sharded)).tensors) == ["c"]
+
+
 def test_a_missing_tensor_has_a_neighbour(sharded):
     save_file({"model.norm.weight": torch.ones(1)}, sharded / "three.safetensors")
     with pytest.raises(MissingInput, match="no tensor 'model.norm.wieght'; did you mean 'model.norm.weight'?"):
@@ -47,7 +54,10 @@ def test_a_missing_tensor_has_a_neighbour(sharded):
         ({"a": "one.safetensors", "b": "three.safetensors"}, "names the shard 'three.safetensors', which is not there"),
         ({"a": "../secret.safetensors"}, "names the file '../secret.safetensors', which is outside its folder"),
         ({"a": "/etc/passwd"}, "names the file '/etc/passwd', which is outside its folder"),
-        ({"a": "one.safetensors", "c": "two.safetensors"}, "says tensor 'c' is in two.safetensors, which does not hold"),
+        (
+            {"a": "one.safetensors", "c": "two.safetensors"},
+            "says tensor 'c' is in two.safetensors, which does not hold",
+        ),
         ({"a": "one.safetensors"} | {"a": "two.safetensors"}, "says tensor 'a' is in two.safetensors"),
         (["a"], "needs a 'weight_map'"),
     ],
@@ -96,7 +106,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q.weight_scale_inv": torch.ones(1)}, {}, "q.weight_scale_inv"),
+        (
+            {"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q.weight_scale_inv": torch.ones(1)},
+            {},
+            "q.weight_scale_inv",
+        ),
         ({"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, {}, "'q.weight' (F8_E4M3)"),
         ({"q.qweight": torch.ones(2, 2).int()}, {"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
         ({"q.weight": torch.ones(2)}, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

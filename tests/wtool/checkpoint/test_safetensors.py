@@ -36,7 +36,9 @@ def test_reads_what_the_package_wrote(tmp_path):
     for name, tensor in tensors.items():
         found = file.read(name)
         assert found.dtype == tensor.dtype and found.shape == tensor.shape
-        assert torch.equal(found.view(torch.uint8) if found.dim() else found, tensor.view(torch.uint8) if tensor.dim() else tensor)
+        assert torch.equal(
+            found.view(torch.uint8) if found.dim() else found, tensor.view(torch.uint8) if tensor.dim() else tensor
+        )
         file.prefetch(name)
         file.forget(name)
         assert torch.equal(file.read(name).float(), tensor.float())
@@ -71,13 +73,21 @@ def test_damaged_files_are_named(tmp_path, case):
 
 
 HEADERS = {
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "tensor 'b' at byte 4 overlaps the tensor before it (expected 8)"),
+    "overlap": (
+        {"a": entry(0, 8), "b": entry(4, 12)},
+        12,
+        "tensor 'b' at byte 4 overlaps the tensor before it (expected 8)",
+    ),
     "hole": ({"a": entry(0, 8), "b": entry(12, 16)}, 16, "tensor 'b' at byte 12 leaves a hole before it"),
     "cut": ({"a": entry(0, 800)}, 100, "cut short: the header describes"),
     "tail": ({"a": entry(0, 8)}, 9, "has bytes after the last tensor"),
     "dtype": ({"a": entry(0, 8, "F7", [2])}, 8, "tensor 'a' has the unknown dtype 'F7'"),
     "size": ({"a": entry(0, 8, "F32", [3])}, 8, "tensor 'a' spans 8 bytes, but F32 [3] takes 12"),
-    "negative": ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8, "needs dtype, shape and data_offsets"),
+    "negative": (
+        {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
+        8,
+        "needs dtype, shape and data_offsets",
+    ),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "needs dtype, shape and data_offsets"),
     "backwards": ({"a": {"dtype": "F32", "shape": [0], "data_offsets": [8, 0]}}, 8, "tensor 'a' spans -8 bytes"),
 }
