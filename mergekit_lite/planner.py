@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite.card import model_card
+from mergekit_lite.lineage import common_base
 from mergekit_lite.parameters import LAYER, Depths, resolve
 from mergekit_lite.random_mask import mask_key
 from mergekit_lite.recipe import MergeRecipe, Parameter
@@ -43,6 +44,12 @@ def plan_merge(
 
     raises: UsageError, InputError where there is nothing to plan on; else `Plan.problems` tells
     """
+    warnings: list[str] = []
+    if recipe.method.has_base and recipe.base_model is None:
+        models = [open_checkpoint(entry.model, headers_only=headers_only) for entry in recipe.models]
+        if found := common_base(models):
+            recipe = recipe.model_copy(update={"base_model": found})
+            warnings.append(f"no base is given; took {found}, which the cards of all models name")
     base, entries = _roles(recipe)
     names = [base, *(name for name, _ in entries)] if base else [name for name, _ in entries]
     unique = list(dict.fromkeys(names))
@@ -61,7 +68,7 @@ def plan_merge(
         settings=[parameters for _, parameters in entries],
     )
     steps = planner.steps()
-    problems, warnings = [*planner.problems], []
+    problems = [*planner.problems]
     for source in sources:
         problem, warning = compare(donor, source)
         if problem and not ignore_tokenizers:

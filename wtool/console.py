@@ -7,12 +7,23 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 
 def emit_json(result: Mapping[str, Any]) -> None:
-    """Print a result for scripts: one JSON object on stdout."""
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    """Print a result for scripts: one JSON object on stdout; NaN and infinity, which JSON has not, become null."""
+    print(json.dumps(_without_nonfinite(result), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(entry) for entry in value]
+    return value
 
 
 def emit(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,21 @@ def test_dare_is_the_same_each_time_and_on_any_number_of_workers(models, tmp_pat
     assert folders[0] == folders[1] == folders[2]
     assert run([*command[:-1], "4", "-o", str(tmp_path / "other")]) == 0
     assert not all(torch.equal(x, weights(tmp_path / "other")[k]) for k, x in weights(tmp_path / "0").items())
+
+
+def test_the_base_that_all_cards_name_is_taken(models, tmp_path, capsys):
+    for name in ("base", "a", "b"):
+        shutil.copytree(name, tmp_path / name)
+    for name in ("a", "b"):
+        (tmp_path / name / "README.md").write_text("---\nbase_model: base\n---\ntext\n")
+    command = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "-m", "ties", "--density", "0.5"]
+    assert run([*command, "-o", str(tmp_path / "out")]) == 0
+    assert f"took {tmp_path / 'base'}, which the cards of all models name" in capsys.readouterr().err
+    assert run([*command, "--base", str(tmp_path / "base"), "-o", str(tmp_path / "same")]) == 0
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "same/model.safetensors").read_bytes()
+    (tmp_path / "b/README.md").write_text("---\nbase_model: org/other\n---\ntext\n")
+    assert run([*command, "-o", str(tmp_path / "out2")]) == 2
+    assert "ties needs a base" in capsys.readouterr().err
 
 
 def test_generates(models, tmp_path):

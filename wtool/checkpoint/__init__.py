@@ -6,7 +6,8 @@ torch_bin    torch .bin files, mapped, weights only
 gguf         GGUF files, dequantized on reading
 folder       a local folder: index, shards, config and the files beside them
 adapter      a base with a LoRA adapter added on reading
-hub          the Hub: what a repository holds, what of it is needed, its download
+hub          the Hub: downloads into the shared cache
+hub_files    the Hub: which of a repository's files are needed
 hub_headers  the Hub: headers by range requests, nothing else downloaded
 hub_errors   the Hub: what can go wrong, in one line
 quantized    telling packed weights from plain ones

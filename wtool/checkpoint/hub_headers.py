@@ -9,16 +9,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from wtool.checkpoint.base import Checkpoint, FileIdentity, TensorFile
 from wtool.checkpoint.folder import SIDE_FILES, Folder, check_index, read_index, read_json
 from wtool.checkpoint.hub_errors import explained, patiently
+from wtool.checkpoint.hub_files import Snapshot, index_name, weight_names
 from wtool.checkpoint.safetensors import Header, header_length, parse_header
 from wtool.errors import MissingInput, RuntimeProblem
-
-if TYPE_CHECKING:
-    from wtool.checkpoint.hub import Snapshot
 
 FIRST = 100_000  # bytes; 97 % of the headers on the Hub are shorter, says huggingface_hub, so one request does
 CONNECTIONS = 8
@@ -27,7 +25,7 @@ CONNECTIONS = 8
 class RemoteFile(TensorFile):
     """A safetensors file of which only the header was fetched."""
 
-    def __init__(self, snapshot: "Snapshot", name: str, header: Header):
+    def __init__(self, snapshot: Snapshot, name: str, header: Header):
         self.path = Path(snapshot.reference) / name
         self.header = header
         self.tensors = header.tensors
@@ -45,7 +43,7 @@ class RemoteFile(TensorFile):
 class RemoteFiles(Mapping[str, Path]):
     """The files beside the weights: their names are known, each is downloaded when it is asked for."""
 
-    def __init__(self, snapshot: "Snapshot"):
+    def __init__(self, snapshot: Snapshot):
         self._snapshot = snapshot
         code = sorted(name for name in snapshot.names if name.endswith(".py"))
         self._names = [name for name in SIDE_FILES if name in snapshot.names] + code
@@ -65,14 +63,12 @@ class RemoteFiles(Mapping[str, Path]):
         return len(self._names)
 
 
-def open_headers(snapshot: "Snapshot") -> Checkpoint:
+def open_headers(snapshot: Snapshot) -> Checkpoint:
     """Open a repository of safetensors; reading a tensor is then an error.
 
     raises: MissingInput where it holds none, MalformedFile where a header is damaged
     """
     from huggingface_hub import constants
-
-    from wtool.checkpoint.hub import index_name, weight_names
 
     reference, names = snapshot.reference, snapshot.names
     index = index_name(names)
@@ -94,7 +90,7 @@ def open_headers(snapshot: "Snapshot") -> Checkpoint:
     return checkpoint
 
 
-def fetch_header(snapshot: "Snapshot", name: str) -> Header:
+def fetch_header(snapshot: Snapshot, name: str) -> Header:
     """Fetch and check the header of a safetensors file."""
     from huggingface_hub import hf_hub_url
 
@@ -131,7 +127,7 @@ def _range(url: str, start: int, stop: int, where: str) -> tuple[bytes, int]:
         return bytes(data[skip : skip + stop - start]), int(size)
 
 
-def _download(snapshot: "Snapshot", name: str) -> Path:
+def _download(snapshot: Snapshot, name: str) -> Path:
     """Download one small file."""
     from huggingface_hub import hf_hub_download
 
