@@ -3,7 +3,7 @@
 base         the nouns: Checkpoint, TensorFile, TensorInfo
 safetensors  safetensors files, mapped
 torch_bin    torch .bin files, mapped, weights only
-gguf         GGUF files, dequantized on reading
+gguf         GGUF files, dequantized on reading (gguf_families: names, layouts and settings)
 folder       a local folder: index, shards, config and the files beside them
 adapter      a base with a LoRA adapter added on reading
 hub          the Hub: downloads into the shared cache
