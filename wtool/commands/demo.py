@@ -23,12 +23,13 @@ from wtool.errors import RuntimeProblem
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 MODELS = Path(__file__).parents[1] / "demo" / "models"
+_EXPERTS = ("docs", "code")
 MERGES: dict[str, list[str]] = {
-    "linear": ["docs", "code", "--method", "linear"],
-    "slerp": ["docs", "code", "--method", "slerp", "-t", "0.5"],
-    "task_arithmetic": ["docs", "code", "--method", "task_arithmetic", "--base", "base", "--weight", "0.7"],
-    "ties": ["docs", "code", "--method", "ties", "--base", "base", "--density", "0.5", "--no-normalize"],
-    "dare_ties": ["docs", "code", "--method", "dare_ties", "--base", "base", "--density", "0.8", "--weight", "0.7"],
+    "linear": [*_EXPERTS, "--method", "linear"],
+    "slerp": [*_EXPERTS, "--method", "slerp", "-t", "0.5"],
+    "task_arithmetic": [*_EXPERTS, "--method", "task_arithmetic", "--base", "base", "--weight", "0.6"],
+    "ties": [*_EXPERTS, "--method", "ties", "--base", "base", "--density", "0.5", "--no-normalize", "--lambda", "0.5"],
+    "dare_ties": [*_EXPERTS, "--method", "dare_ties", "--base", "base", "--density", "0.8", "--weight", "0.5"],
     "linear with adapter": ["base+docs-lora", "code", "--method", "linear"],
 }
 

@@ -109,7 +109,12 @@ def _run_steps(
                 raise
             progress(step.nbytes_written)
 
-    with _one_torch_thread(), ThreadPoolExecutor(workers, thread_name_prefix="step") as pool:
+    # A new thread computes on all of MKL's threads until it has asked torch for their number, whatever the main
+    # thread has set; and sums differ in their last digits with that number.
+    with (
+        _one_torch_thread(),
+        ThreadPoolExecutor(workers, thread_name_prefix="step", initializer=torch.get_num_threads) as pool,
+    ):
         futures = [pool.submit(work) for _ in range(workers)]
         try:
             for future in futures:
