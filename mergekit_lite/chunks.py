@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17  # elements; decided by benchmarks/merge
+CHUNK = 1 << 18  # elements; decided by benchmarks/merge
 
 Kernel = Callable[[int, list[Tensor], list[Tensor]], Tensor]
 """(first element, the inputs' pieces in the working type, spare pieces) -> the result's piece.

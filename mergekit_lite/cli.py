@@ -35,7 +35,7 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="type of the output: bfloat16, float16, float32")] = None,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
-    workers: Annotated[int | None, typer.Option(min=1, help="threads [default: all processors]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads [default: processors + 1]")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the output if it is there")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the plan and every problem; read no weights")
@@ -109,13 +109,13 @@ def _recipe(models: list[str], flags: dict[str, Any]) -> "MergeRecipe":
 def _show(plan: "Plan", workers: int | None, as_json: bool) -> int:
     """Print a plan; the exit code tells whether it can be carried out."""
     from wtool.console import emit, emit_json
-    from wtool.executors.local import available_cpus
+    from wtool.executors.local import default_workers
 
-    summary = plan.summary(workers or available_cpus())
+    summary = plan.summary(workers or default_workers())
     if as_json:
         emit_json(summary)
     else:
-        emit(plan.describe(workers or available_cpus()))
+        emit(plan.describe(workers or default_workers()))
     return 3 if plan.problems else 0
 
 

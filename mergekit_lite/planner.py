@@ -23,7 +23,7 @@ from wtool.checkpoint.tied import embedding_name, head_name, is_tied
 from wtool.dtypes import FLOATS, config_name, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step
-from wtool.writer import json_bytes
+from wtool.shards import json_bytes
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")

@@ -1,9 +1,9 @@
 """Finding the k elements of a task vector with the largest magnitude, without sorting it and without holding it.
 
 The threshold is the k-th largest magnitude. A sample of the elements tells a narrow bracket around it; one walk
-counts the elements above the bracket and gathers the few inside, among which the threshold is found exactly.
-Where the sample misled (or too many elements are inside, as with many equal values), two walks with histograms
-over the halves of the float's bits find it exactly in constant memory.
+counts the elements above the bracket and gathers the few inside, among which the threshold is found exactly. Where
+the sample misled, a wider bracket is tried. Where that fails too (or too many elements are inside, as with many equal
+values), two walks with histograms over the halves of the float's bits find it exactly in constant memory.
 
 Ties at the threshold are broken by position: earlier elements are kept.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mergekit_lite import chunks
 
-SAMPLE_RUNS = 128
-SAMPLE_RUN = 256  # consecutive elements, to touch little memory
+SAMPLE = 1 << 17  # elements
+SAMPLE_RUN = 32  # consecutive ones, as memory is read by the line
+MARGINS = (4.0, 40.0)  # half the bracket's width, in standard errors of the sample
 MAX_INSIDE = 0.2  # share of the elements that may lie inside the bracket
 
 
@@ -37,12 +38,19 @@ def largest(base: Tensor, model: Tensor, *, keep: int) -> Cut:
 
     keep: between 1 and the number of elements
     """
-    n = model.numel()
-    if keep >= n:
-        return Cut(magnitude=-1.0, ties_end=n)
-    low, high = _bracket(base, model, keep)
+    if keep >= model.numel():
+        return Cut(magnitude=-1.0, ties_end=model.numel())
+    sample = _sample(base, model)
+    for margin in MARGINS:
+        if cut := _by_bracket(base, model, keep, *_bracket(sample, 1.0 - keep / model.numel(), margin)):
+            return cut
+    return _by_histogram(base, model, keep)
+
+
+def _by_bracket(base: Tensor, model: Tensor, keep: int, low: float, high: float) -> Cut | None:
+    """Find the threshold if it lies between two magnitudes that few elements lie between; else None."""
     above, gathered, inside = 0, 0, []
-    most_inside = max(MAX_INSIDE * n, chunks.CHUNK)
+    most_inside = max(MAX_INSIDE * model.numel(), chunks.CHUNK)
     is_above, is_inside = np.empty(chunks.CHUNK, dtype=bool), np.empty(chunks.CHUNK, dtype=bool)
     for _, magnitude in _magnitudes(base, model):
         over = np.greater(magnitude, high, out=is_above[: magnitude.size])
@@ -50,11 +58,11 @@ def largest(base: Tensor, model: Tensor, *, keep: int) -> Cut:
         above += int(np.count_nonzero(over))
         inside.append(magnitude[np.not_equal(within, over, out=within)])
         gathered += inside[-1].size
-        if above > keep or gathered > most_inside:
-            return _by_histogram(base, model, keep)
+        if above >= keep or gathered > most_inside:
+            return None
     rank = keep - above  # of the threshold among the gathered, from the largest, from 1
-    if rank < 1 or rank > gathered:
-        return _by_histogram(base, model, keep)
+    if rank > gathered:
+        return None
     pool = np.concatenate(inside)
     threshold = float(np.partition(pool, gathered - rank)[gathered - rank])
     wanted = rank - int(np.count_nonzero(pool > threshold))  # ties to keep
@@ -67,22 +75,30 @@ def _magnitudes(base: Tensor, model: Tensor) -> Iterator[tuple[int, NDArray[np.f
         yield begin, m.sub_(b).abs_().numpy()
 
 
-def _bracket(base: Tensor, model: Tensor, keep: int) -> tuple[float, float]:
-    """Magnitudes that very likely lie just below and just above the threshold."""
-    n = model.numel()
+def _sample(base: Tensor, model: Tensor) -> NDArray[np.floating]:
+    """Magnitudes of runs of elements spread evenly over the task vector; of all where they are few."""
     kind = chunks.working_type([base, model])
-    if n <= 4 * SAMPLE_RUNS * SAMPLE_RUN:
-        return 0.0, inf
-    starts = np.linspace(0, n - SAMPLE_RUN, SAMPLE_RUNS).astype(np.int64)
-    flat_base, flat_model = base.reshape(-1), model.reshape(-1)
-    runs = [flat_model[s : s + SAMPLE_RUN].to(kind) - flat_base[s : s + SAMPLE_RUN].to(kind) for s in starts.tolist()]
-    sample = np.sort(torch.cat(runs).abs_().numpy())
-    share = 1.0 - keep / n  # of the elements below the threshold
-    margin = 6.0 * sqrt(share * (1.0 - share) / sample.size) + 2.0 / sample.size  # neighbours are alike: be generous
-    low, high = floor((share - margin) * sample.size), ceil((share + margin) * sample.size)
+    flat = base.reshape(-1), model.reshape(-1)
+    runs = SAMPLE // SAMPLE_RUN
+    if model.numel() >= 4 * SAMPLE:
+        stride = model.numel() // runs - 1 | 1  # odd, so that the runs do not stand below each other in a matrix
+        flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN] for part in flat]
+    b, m = (part.to(kind) for part in flat)
+    return (m - b).abs_().reshape(-1).numpy()
+
+
+def _bracket(sample: NDArray[np.floating], share: float, margin: float) -> tuple[float, float]:
+    """Magnitudes likely just below and just above the one that a share of all elements lies below.
+
+    margin: in standard errors
+    """
+    width = margin * sqrt(share * (1.0 - share) / sample.size) + 2.0 / sample.size
+    low, high = floor((share - width) * sample.size), ceil((share + width) * sample.size)
+    ends = [end for end in (low, high) if 0 <= end < sample.size]
+    ordered = np.partition(sample, ends) if ends else sample
     return (
-        float(sample[low]) if low >= 0 else 0.0,
-        float(sample[high]) if high < sample.size else inf,
+        float(ordered[low]) if low >= 0 else 0.0,
+        float(ordered[high]) if high < sample.size else inf,
     )
 
 

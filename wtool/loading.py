@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from wtool.checkpoint import Checkpoint
 from wtool.dtypes import FLOATS, torch_dtype
 from wtool.errors import InputError, Mismatch, MissingInput, RuntimeProblem, UsageError, WtoolError
-from wtool.writer import json_bytes
+from wtool.shards import json_bytes
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from wtool import __version__
 from wtool.checkpoint.base import Checkpoint, TensorInfo
 from wtool.console import human_bytes
 from wtool.errors import Mismatch
-from wtool.writer import Shard, plan_shards
+from wtool.shards import Shard, plan_shards
 
 if TYPE_CHECKING:
     import torch

@@ -21,92 +21,24 @@ import fcntl
 import json
 import os
 import shutil
-import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
 
-from wtool.checkpoint.base import TensorInfo
-from wtool.dtypes import itemsize
 from wtool.errors import DiskFull, OutputError, OutputExists, UnfinishedWork
+from wtool.placed_file import PlacedFile
+from wtool.shards import INDEX, Shard, index_of
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "wtool.json"
-INDEX = "model.safetensors.index.json"
 _line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # making an encoder a line takes longer
-_MAX_WRITE = 1 << 30  # bytes; one write call takes at most 2 GiB
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: its header's bytes, and where each tensor's data begins in the file."""
-
-    filename: str
-    header: bytes
-    offsets: Mapping[str, int]
-    tensors: Mapping[str, TensorInfo]
-    size: int  # bytes
-
-
-def plan_shards(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
-    """Divide tensors, in their order, into files of at most `max_bytes` of data (a larger tensor gets its own)."""
-    groups: list[dict[str, TensorInfo]] = [{}]
-    filled = 0
-    for name, info in tensors.items():
-        if groups[-1] and filled + info.nbytes > max_bytes:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = info
-        filled += info.nbytes
-    if len(groups) == 1:
-        return [_lay_out("model.safetensors", groups[0])]
-    return [_lay_out(f"model-{i:05}-of-{len(groups):05}.safetensors", group) for i, group in enumerate(groups, 1)]
-
-
-def _lay_out(filename: str, tensors: Mapping[str, TensorInfo]) -> Shard:
-    # wider types first keeps every tensor aligned to its element size, as readers by memory map want
-    ordered = sorted(tensors.items(), key=lambda item: -itemsize(item[1].dtype))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begins: dict[str, int] = {}
-    position = 0
-    for name, info in ordered:
-        begins[name] = position
-        entries[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
-        position += info.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
-    return Shard(
-        filename=filename,
-        header=header,
-        offsets={name: len(header) + begin for name, begin in begins.items()},
-        tensors=dict(ordered),
-        size=len(header) + position,
-    )
-
-
-def index_of(shards: Sequence[Shard]) -> bytes:
-    """The index file of a sharded checkpoint."""
-    weight_map = {name: shard.filename for shard in shards for name in shard.tensors}
-    total = sum(info.nbytes for shard in shards for info in shard.tensors.values())
-    return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def json_bytes(content: object) -> bytes:
-    """JSON for people: indented, unescaped, with a newline at the end."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def checksum(data: "torch.Tensor | bytes") -> str:
@@ -142,7 +74,7 @@ class Writer:
         self._guard = threading.Lock()
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="fsync")
         self._syncs: list[Future[None]] = []
-        self._files: dict[str, int] = {}
+        self._files: dict[str, PlacedFile] = {}
         self._check_place(force)
         with disk_errors(out):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -168,7 +100,7 @@ class Writer:
                 shard = self._shard_of[name]
                 data = tensor_bytes(tensor)
                 assert data.nbytes == shard.tensors[name].nbytes, name
-                _write_at(self._files[shard.filename], data, shard.offsets[name])
+                self._files[shard.filename].write(data, shard.offsets[name])
                 sums[name] = xxhash.xxh3_128(data).hexdigest()
             self._note_done(sums, dict(note or {}))
 
@@ -186,7 +118,7 @@ class Writer:
             filename = self._shard_of[name].filename
             self._missing[filename] -= 1
             if not self._missing[filename]:  # the disk can start on it while the others are computed
-                self._syncs.append(self._syncer.submit(os.fsync, self._files[filename]))
+                self._syncs.append(self._syncer.submit(self._files[filename].sync))
 
     def commit(self, files: Mapping[str, bytes | Path]) -> None:
         """Add the files beside the weights, and let the output appear under its name.
@@ -216,9 +148,11 @@ class Writer:
     def close(self) -> None:
         """Let go of files and lock; what is unfinished stays, to be continued."""
         self._syncer.shutdown()
-        for file in (*self._files.values(), getattr(self, "_journal", None), self._lock):
-            if file is not None:
-                os.close(file)
+        for file in self._files.values():
+            file.close()
+        for descriptor in (getattr(self, "_journal", None), self._lock):
+            if descriptor is not None:
+                os.close(descriptor)
         self._files, self._lock, self._journal = {}, None, None
 
     def _check_place(self, force: bool) -> None:
@@ -262,10 +196,9 @@ class Writer:
             if not self.done.keys() & entry["done"] and self._is_intact(entry["done"]):
                 self._count_done(entry["done"], entry["note"])
 
-    def _open_shard(self, shard: Shard) -> int:
-        file = os.open(self.folder / shard.filename, os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(file, shard.size)
-        _write_at(file, memoryview(shard.header), 0)
+    def _open_shard(self, shard: Shard) -> PlacedFile:
+        file = PlacedFile(self.folder / shard.filename, shard.size)
+        file.write(memoryview(shard.header), 0)
         return file
 
     def _check_room(self) -> None:
@@ -282,7 +215,7 @@ class Writer:
             found = xxhash.xxh3_128()
             position, left = shard.offsets[name], shard.tensors[name].nbytes
             while left:
-                data = os.pread(self._files[shard.filename], min(left, 1 << 24), position)
+                data = self._files[shard.filename].read(min(left, 1 << 24), position)
                 found.update(data)
                 position, left = position + len(data), left - len(data)
             if found.hexdigest() != expected:
@@ -336,13 +269,6 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
 
 def _allocated(path: Path) -> int:
     return path.stat().st_blocks * 512 if path.is_file() else 0
-
-
-def _write_at(file: int, data: memoryview, position: int) -> None:
-    data = data.cast("B")
-    while data:
-        written = os.pwrite(file, data[:_MAX_WRITE], position)
-        data, position = data[written:], position + written
 
 
 def _sync_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mergekit_lite import chunks
 
 

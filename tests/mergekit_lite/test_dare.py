@@ -1,10 +1,11 @@
 import merge_definitions as definition
 import pytest
 import torch
+from shapes import SHAPES, TYPES
+
 from mergekit_lite import chunks
 from mergekit_lite.dare import dare_linear, dare_ties
 from mergekit_lite.random_mask import LEVELS, RandomMask, mask_key
-from shapes import SHAPES, TYPES
 
 
 def masks_of(keys, density, elements):

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from wtool.cli import run
 from wtool.writer import work_folder
 

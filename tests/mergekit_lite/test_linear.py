@@ -2,6 +2,7 @@ import merge_definitions as definition
 import pytest
 import torch
 from shapes import SHAPES, TYPES
+
 from mergekit_lite.linear import linear
 
 

@@ -1,4 +1,5 @@
 import pytest
+
 from mergekit_lite.parameters import Depths, resolve, value_at
 from mergekit_lite.recipe import DENSITY, Filtered, Parameter
 from wtool.errors import UsageError

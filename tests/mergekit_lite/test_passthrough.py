@@ -1,4 +1,5 @@
 import torch
+
 from mergekit_lite.passthrough import passthrough
 
 

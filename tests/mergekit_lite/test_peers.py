@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from mergekit_lite.linear import linear
 from mergekit_lite.passthrough import passthrough
 from mergekit_lite.slerp import slerp
 from mergekit_lite.task_arithmetic import task_arithmetic
 from mergekit_lite.ties import ties
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 from wtool.cli import run
 
 PYTHON = os.environ.get("WTOOL_MERGEKIT_PYTHON") or (sys.executable if importlib.util.find_spec("mergekit") else None)

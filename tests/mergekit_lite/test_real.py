@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from wtool.cli import run
 from wtool.demo.texts import held_out_text, training_text
 

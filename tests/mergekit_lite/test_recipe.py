@@ -1,4 +1,5 @@
 import pytest
+
 from mergekit_lite.recipe import METHODS, parse_recipe, read_recipe
 from wtool.errors import UsageError
 

@@ -3,8 +3,9 @@ import math
 import merge_definitions as definition
 import pytest
 import torch
-from mergekit_lite.slerp import slerp
 from shapes import SHAPES, TYPES
+
+from mergekit_lite.slerp import slerp
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -1,8 +1,9 @@
 import merge_definitions as definition
 import pytest
 import torch
-from mergekit_lite.task_arithmetic import task_arithmetic
 from shapes import SHAPES, TYPES
+
+from mergekit_lite.task_arithmetic import task_arithmetic
 
 
 @pytest.mark.parametrize("dtype", TYPES)

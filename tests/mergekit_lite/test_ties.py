@@ -3,9 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import SHAPES, TYPES
+
 from mergekit_lite import chunks, selection
 from mergekit_lite.ties import kept, ties
-from shapes import SHAPES, TYPES
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
 from wtool.checkpoint.base import TensorInfo
 from wtool.dtypes import dtype_name
 from wtool.errors import DiskFull, OutputExists, UnfinishedWork
-from wtool.writer import MANIFEST, Writer, is_complete, plan_shards, work_folder
+from wtool.shards import plan_shards
+from wtool.writer import MANIFEST, Writer, is_complete, work_folder
 
 TENSORS = {
     "a": torch.randn(3, 5),

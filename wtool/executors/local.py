@@ -6,11 +6,12 @@ alike are read from front to back. Results do not depend on the number of worker
 torch computes with one thread inside each.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from wtool import __version__
 from wtool.errors import RuntimeProblem, UsageError
 from wtool.finite import first_nonfinite
 from wtool.plan import Plan, Step
-from wtool.writer import MANIFEST, Writer, checksum, is_complete, json_bytes
+from wtool.shards import json_bytes
+from wtool.writer import MANIFEST, Writer, checksum, is_complete
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 Progress = Callable[[int], None]  # is told the bytes written by each step done
 
@@ -35,9 +39,9 @@ class Outcome:
     resumed_bytes: int  # written by an earlier run that was stopped
 
 
-def available_cpus() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
+def default_workers() -> int:
+    """One for each processor this process may use, and one more to wait for the disk."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def check_place(plan: Plan, out: Path) -> None:
@@ -65,7 +69,7 @@ def run(
 ) -> Outcome:
     """Carry out a plan, or go on with one that was stopped.
 
-    workers: threads; all processors of the process if None
+    workers: threads; if None one more than there are processors, as one is likely to wait for the disk
     force: replace an output that is there, discard unfinished work of another recipe
     allow_nonfinite: write NaN and infinity instead of refusing them
 
@@ -80,7 +84,7 @@ def run(
         todo = [step for step in plan.steps if not all(name in writer.done for name in step.outputs)]
         resumed = sum(plan.outputs[name].nbytes for name in writer.done)
         progress(resumed)
-        _run_steps(plan, todo, writer, workers or available_cpus(), allow_nonfinite, progress)
+        _run_steps(plan, todo, writer, workers or default_workers(), allow_nonfinite, progress)
         manifest = _manifest(plan, writer, fingerprint)
         writer.commit({**plan.files, MANIFEST: json_bytes(manifest)})
     return Outcome(out, already_there=False, resumed_bytes=resumed)
@@ -111,6 +115,7 @@ def _run_steps(
 
     # A new thread computes on all of MKL's threads until it has asked torch for their number, whatever the main
     # thread has set; and sums differ in their last digits with that number.
+    _keep_freed_memory()
     with (
         _one_torch_thread(),
         ThreadPoolExecutor(workers, thread_name_prefix="step", initializer=torch.get_num_threads) as pool,
@@ -191,3 +196,15 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library use freed memory again instead of giving it back to the system.
+
+    A result of some megabytes would get fresh pages from the system each time, and to fill in those costs as much
+    as the arithmetic. The memory held is that of the results in flight, as before.
+    """
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
+        library.mallopt(_M_TRIM_THRESHOLD, 1 << 30)

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from wtool.checkpoint import open_checkpoint
 from wtool.checkpoint.quantized import refuse_quantized
 from wtool.errors import MalformedFile, MissingInput, QuantizedInput

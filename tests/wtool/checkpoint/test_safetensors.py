@@ -4,6 +4,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from wtool.checkpoint.safetensors import SafetensorsFile, read_header
 from wtool.errors import MalformedFile
 
