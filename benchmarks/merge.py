@@ -18,22 +18,22 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 22, 32, 4, 32000
 SHARDS = 4
 MODELS = ("base", "a", "b")
+_BOTH = "models: [{model: FIRST}, {model: SECOND}]\n"
 RECIPES = {
-    "linear": "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: A}, {model: B}]\n",
-    "slerp": "merge_method: slerp\nbase_model: A\nparameters: {t: 0.3}\nmodels: [{model: A}, {model: B}]\n",
-    "ties": (
-        "merge_method: ties\nbase_model: BASE\nparameters: {weight: 0.5, density: 0.5}\n"
-        "models: [{model: A}, {model: B}]\n"
-    ),
-    "dare_ties": (
-        "merge_method: dare_ties\nbase_model: BASE\nparameters: {weight: 0.5, density: 0.5}\n"
-        "models: [{model: A}, {model: B}]\n"
-    ),
+    "linear": "merge_method: linear\nparameters: {weight: 0.5}\n" + _BOTH,
+    "slerp": "merge_method: slerp\nbase_model: FIRST\nparameters: {t: 0.3}\n" + _BOTH,
+    "ties": "merge_method: ties\nbase_model: BASE\nparameters: {weight: 0.5, density: 0.5}\n" + _BOTH,
+    "dare_ties": "merge_method: dare_ties\nbase_model: BASE\nparameters: {weight: 0.5, density: 0.5}\n" + _BOTH,
 }
 
 
@@ -83,7 +83,7 @@ def make_models(folder: Path) -> None:
         (folder / model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _weights(name: str, shape: "torch.Size", model: str) -> "torch.Tensor":  # noqa: F821
+def _weights(name: str, shape: "torch.Size", model: str) -> "torch.Tensor":
     import torch
 
     base = torch.randn(shape, generator=torch.Generator().manual_seed(len(name) + sum(map(ord, name)))) * 0.02
@@ -125,6 +125,53 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Us
     return Usage(seconds, cpu, peak * 1024)
 
 
+def measure_floor(folder: Path) -> dict[str, Usage]:
+    """Reading the inputs of a merge of two and writing one output, and what starting up takes."""
+    every_input = sorted(str(path) for path in folder.glob("*/*.safetensors") if path.parent.name in MODELS)
+    subprocess.run(["cat", *every_input], stdout=subprocess.DEVNULL, check=True)
+    inputs = sorted(str(path) for model in ("a", "b") for path in (folder / model).glob("*.safetensors"))
+    out = folder / "floor"
+    copy = f"cat {' '.join(inputs)} > /dev/null; cat {' '.join(inputs[: len(inputs) // 2])} > {out}"
+    found = {
+        "cat": measure(["sh", "-c", copy]),
+        "cat and sync": measure(["sh", "-c", f"{copy}; sync {out}"]),
+        "import torch": measure([sys.executable, "-c", "import torch"]),
+        "wtool --help": measure([sys.executable, "-m", "wtool", "--help"]),
+    }
+    out.unlink()
+    return found
+
+
+def measure_method(folder: Path, method: str, mergekit: str | None, repeat: int) -> dict[str, Usage]:
+    """The best of some runs of each tool, in turn."""
+    recipe, out = folder / f"{method}.yml", folder / "out"
+    text = RECIPES[method]
+    for placeholder, model in (("BASE", "base"), ("FIRST", "a"), ("SECOND", "b")):
+        text = text.replace(placeholder, str(folder / model))
+    recipe.write_text(text)
+    tools = {"wtool": [sys.executable, "-m", "wtool", "merge", str(recipe), "-o", str(out)]}
+    if mergekit:
+        tools["mergekit"] = [mergekit, str(recipe), str(out), "--quiet"]
+    best: dict[str, Usage] = {}
+    for _ in range(repeat):
+        for tool, command in tools.items():
+            shutil.rmtree(out, ignore_errors=True)
+            os.sync()
+            usage = measure(command, {"HF_HUB_OFFLINE": "1"})
+            best[tool] = min(usage, best.get(tool, usage), key=lambda u: u.seconds)
+    shutil.rmtree(out, ignore_errors=True)
+    return best
+
+
+def _figures(usage: Usage) -> str:
+    return f"{usage.seconds:8.2f} {usage.cpu_seconds:8.2f} {usage.peak_anonymous_bytes / 1e6:8.0f}"
+
+
+def _ratio(ours: Usage, theirs: Usage) -> str:
+    smaller = theirs.peak_anonymous_bytes / ours.peak_anonymous_bytes
+    return f"{theirs.seconds / ours.seconds:.1f}x faster, {smaller:.1f}x smaller"
+
+
 def main() -> None:
     """Measure and print a table; --json writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,64 +183,23 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
     make_models(folder)
-    inputs = sorted(str(path) for model in ("a", "b") for path in (folder / model).glob("*.safetensors"))
-    every_input = sorted(str(path) for path in folder.glob("*/*.safetensors") if path.parent.name in MODELS)
-    subprocess.run(["cat", *every_input], stdout=subprocess.DEVNULL, check=True)
-    out = folder / "out"
-    copy = f"cat {' '.join(inputs)} > /dev/null; cat {' '.join(inputs[: len(inputs) // 2])} > {out}"
-    results: dict[str, dict[str, object]] = {
-        "floor": {
-            "cat": asdict(measure(["sh", "-c", copy])),
-            "cat and sync": asdict(measure(["sh", "-c", copy + f"; sync {out}"])),
-        },
-        "start": {
-            "import torch": asdict(measure([sys.executable, "-c", "import torch"])),
-            "wtool --help": asdict(measure([sys.executable, "-m", "wtool", "--help"])),
-        },
-    }
-    out.unlink()
-    for name, figures in [*results["floor"].items(), *results["start"].items()]:
-        print(f"{name:14} {figures['seconds']:7.2f} s")  # type: ignore[index]
-    print(f"{'method':10} {'tool':9} {'wall s':>8} {'CPU s':>8} {'peak MB':>8}   wtool is")
+    results: dict[str, dict[str, Usage]] = {"floor": measure_floor(folder)}
+    for name, usage in results["floor"].items():
+        print(f"{name:20} {_figures(usage)}")
+    print(f"\n{'method':10} {'tool':9} {'wall s':>8} {'CPU s':>8} {'peak MB':>8}   wtool is")
     for method in arguments.methods.split(","):
-        recipe = folder / f"{method}.yml"
-        recipe.write_text(
-            RECIPES[method]
-            .replace("BASE", str(folder / "base"))
-            .replace("A}", f"{folder / 'a'}}}")
-            .replace(": A\n", f": {folder / 'a'}\n")
-            .replace("B}", f"{folder / 'b'}}}")
-        )
-        tools = {"wtool": [sys.executable, "-m", "wtool", "merge", str(recipe), "-o", str(out)]}
-        if arguments.mergekit:
-            tools["mergekit"] = [arguments.mergekit, str(recipe), str(out), "--quiet"]
-        best: dict[str, Usage] = {}
-        for _ in range(arguments.repeat):
-            for tool, command in tools.items():
-                shutil.rmtree(out, ignore_errors=True)
-                os.sync()
-                usage = measure(command, {"HF_HUB_OFFLINE": "1"})
-                best[tool] = min(usage, best.get(tool, usage), key=lambda u: u.seconds)
-        shutil.rmtree(out, ignore_errors=True)
-        results[method] = {tool: asdict(usage) for tool, usage in best.items()}
+        best = results[method] = measure_method(folder, method, arguments.mergekit, arguments.repeat)
         for tool, usage in best.items():
-            ratio = ""
-            if tool == "mergekit":
-                ours = best["wtool"]
-                ratio = (
-                    f"{usage.seconds / ours.seconds:.1f}x faster, "
-                    f"{usage.peak_anonymous_bytes / ours.peak_anonymous_bytes:.1f}x smaller"
-                )
-            print(
-                f"{method:10} {tool:9} {usage.seconds:8.2f} {usage.cpu_seconds:8.2f} {usage.peak_anonymous_bytes / 1e6:8.0f}   {ratio}"
-            )
+            print(f"{method:10} {tool:9} {_figures(usage)}   {_ratio(best['wtool'], usage) if tool != 'wtool' else ''}")
     if arguments.json:
-        machine = {
-            "processors": len(os.sched_getaffinity(0)),
-            "platform": platform.platform(),
+        record = {
+            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "machine": {"processors": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+            "versions": {name: version(name) for name in ("torch", "safetensors")} | {"mergekit": "0.1.5"},
             "python": platform.python_version(),
+            **{name: {tool: asdict(usage) for tool, usage in found.items()} for name, found in results.items()},
         }
-        arguments.json.write_text(json.dumps({"machine": machine, **results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

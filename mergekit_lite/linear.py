@@ -24,6 +24,8 @@ def linear(
     dtype:     of the result; that of the models if None
     """
     total = sum(weight) if normalize else 1.0
+    if len(models) == 2 and normalize:
+        return between(*models, share=weight[1] / total, dtype=dtype)
     shares = [w / total for w in weight]
 
     def mean(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
@@ -33,3 +35,18 @@ def linear(
         return out
 
     return chunks.apply(mean, models, dtype=dtype)
+
+
+def between(first: Tensor, second: Tensor, *, share: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the point on the straight line from one tensor to another: (1 - share) first + share second.
+
+    share: 0 gives the first, 1 the second, exactly; values beyond extrapolate
+    """
+    result = chunks.result_type([first, second], dtype)
+    if first.dtype == second.dtype == result:  # torch computes 16-bit types in float32 here, and rounds once
+        return torch.lerp(first, second, share)
+
+    def step(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
+        return torch.lerp(parts[0], parts[1], share, out=parts[0])
+
+    return chunks.apply(step, [first, second], dtype=result)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_lite import chunks
+from mergekit_lite.linear import between
 
 STRAIGHT = 0.9995  # beyond this cosine, the line
 
@@ -25,27 +26,25 @@ def slerp(models: Sequence[Tensor], *, t: float, dtype: torch.dtype | None = Non
 
     t: 0 gives the first, 1 the second, exactly; values beyond extrapolate
     """
-    first, second = arc_shares(*models, t=t)
+    angle = angle_between(*models)
+    if angle is None:
+        return between(*models, share=t, dtype=dtype)
+    first, second = sin((1.0 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
 
     def blend(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
         return parts[0].mul_(first).add_(parts[1], alpha=second)
 
-    if second == 0.0:
-        return chunks.apply(lambda _, parts, __: parts[0], [models[0]], dtype=chunks.result_type(models, dtype))
     return chunks.apply(blend, models, dtype=dtype)
 
 
-def arc_shares(start: Tensor, end: Tensor, *, t: float) -> tuple[float, float]:
-    """The factors of the two vectors: of slerp where the arc is defined, of the line elsewhere."""
+def angle_between(first: Tensor, second: Tensor) -> float | None:
+    """The angle between two vectors, in radians; None where it is not defined or the arc is as good as straight."""
     square0 = square1 = dot = 0.0
-    for _, (a, b) in chunks.pieces([start, end]):
+    for _, (a, b) in chunks.pieces([first, second]):
         square0 += a.dot(a).item()
         square1 += b.dot(b).item()
         dot += a.dot(b).item()
     if square0 == 0.0 or square1 == 0.0:
-        return 1.0 - t, t
+        return None
     cosine = max(-1.0, min(1.0, dot / (sqrt(square0) * sqrt(square1))))
-    if abs(cosine) > STRAIGHT:
-        return 1.0 - t, t
-    angle = acos(cosine)
-    return sin((1.0 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
+    return None if abs(cosine) > STRAIGHT else acos(cosine)

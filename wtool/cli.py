@@ -3,7 +3,9 @@
 The top level is by hand and imports nothing heavy, so `wtool --help` answers at once.
 """
 
+import atexit
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -79,5 +81,13 @@ def _is_usage(error: Exception) -> bool:
 
 
 def main() -> None:
-    """The entry point."""
-    sys.exit(run(sys.argv[1:]))
+    """The entry point.
+
+    Leaves without taking the interpreter apart, which with torch loaded takes half a second; what is registered to be
+    done at the end (temporary folders removed) is done.
+    """
+    code = run(sys.argv[1:])
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

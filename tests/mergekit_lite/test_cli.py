@@ -258,5 +258,6 @@ def test_donor_is_the_base_else_the_first(models, tmp_path):
 
 
 def test_help_imports_no_torch():
-    code = "import sys; from wtool.cli import run; run(['--help']); run(['merge', '--help']); assert 'torch' not in sys.modules"
+    commands = "run(['--help']); run(['merge', '--help']); run(['eval', '--help'])"
+    code = f"import sys; from wtool.cli import run; {commands}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -43,6 +43,17 @@ def test_is_cast_once(tensors):
     )
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0, -0.5, 1.5])
+def test_of_two_is_computed_in_float32_whatever_the_type(tensors, dtype, share):
+    _, (a, b) = tensors(2, shape=(97, 61), dtype=dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    merged = linear([a, b], weight=[1 - share, share])
+    assert torch.equal(merged, torch.lerp(a.to(precise), b.to(precise), share).to(dtype))
+    if share in (0.0, 1.0):
+        assert torch.equal(merged, b if share else a)
+
+
 def test_types_are_promoted(tensors):
     _, (a, b) = tensors(2)
     assert linear([a.half(), b.bfloat16()], weight=[1, 1]).dtype == torch.float32

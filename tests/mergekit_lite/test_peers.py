@@ -108,10 +108,14 @@ def test_agrees_with_mergekit(theirs, case):
 
 
 YAML = {
-    "linear": "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: 0.3}}\n- {model: B, parameters: {weight: 0.9}}\n",
+    "linear": (
+        "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: 0.3}}\n"
+        "- {model: B, parameters: {weight: 0.9}}\n"
+    ),
     "slerp": (
         "merge_method: slerp\nbase_model: A\nmodels: [{model: A}, {model: B}]\n"
-        "parameters:\n  t:\n  - {filter: self_attn, value: [0, 0.5, 1]}\n  - {filter: mlp, value: 0.2}\n  - value: 0.5\n"
+        "parameters:\n  t:\n  - {filter: self_attn, value: [0, 0.5, 1]}\n"
+        "  - {filter: mlp, value: 0.2}\n  - value: 0.5\n"
     ),
     "ties": (
         "merge_method: ties\nbase_model: BASE\nmodels:\n- {model: BASE}\n"

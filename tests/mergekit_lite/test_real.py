@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 DOMAINS = ("docs", "code")
-STEPS, WINDOW = 12, 192
+STEPS, WINDOW = 10, 128
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def train(base, text, out):
 
 def perplexities(reference, folder, capsys):
     for domain in DOMAINS:
-        (folder / f"{domain}.txt").write_text(held_out_text(domain, 12_000))
+        (folder / f"{domain}.txt").write_text(held_out_text(domain, 5_000))
     texts = [argument for domain in DOMAINS for argument in ("--text", str(folder / f"{domain}.txt"))]
     capsys.readouterr()
     assert run(["eval", reference, *texts, "--window", "256", "--stride", "256", "--json"]) == 0

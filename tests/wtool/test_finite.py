@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from wtool import finite
 from wtool.finite import first_nonfinite
 
