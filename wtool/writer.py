@@ -81,7 +81,11 @@ class Writer:
             self._lock = self._take_lock()
             self.done: dict[str, str] = {}  # tensor -> checksum
             self.notes: list[dict[str, Any]] = []  # what the steps told, in the order they ended
-            self._prepare(force)
+            try:
+                self._prepare(force)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> "Writer":
         return self
@@ -175,7 +179,6 @@ class Writer:
         entries = _read_journal(journal)
         if entries and entries[0].get("fingerprint") != self.fingerprint:
             if not force:
-                self.close()
                 raise UnfinishedWork(
                     f"{self.work}: unfinished work of another recipe or of inputs that changed since; "
                     "--force discards it"
