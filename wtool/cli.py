@@ -15,6 +15,8 @@ from wtool.errors import UsageError, WtoolError, did_you_mean
 if TYPE_CHECKING:
     import typer
 
+INTERRUPTED = 130  # the exit code that typer gives to Ctrl-C
+
 # verb -> where its command is, and what it does
 VERBS: dict[str, tuple[str, str]] = {
     "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE"),
@@ -60,13 +62,12 @@ def run(arguments: list[str]) -> int:
     verb, *rest = arguments
     try:
         code = load(verb)(args=rest, prog_name=f"wtool {verb}", standalone_mode=False)
+        if code == INTERRUPTED:
+            print("stopped", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except WtoolError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     except Exception as error:
         if _is_usage(error):
             print(f"error: {error.format_message()} (wtool {verb} --help)", file=sys.stderr)  # type: ignore[attr-defined]

@@ -6,11 +6,8 @@ unlike types are compared by value. Where a value is NaN or infinite on either s
 sums, counted and told. A head that one side ties to its embedding is compared with that embedding.
 """
 
-import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, sqrt
@@ -21,6 +18,7 @@ from torch import Tensor
 from wtool.checkpoint import Checkpoint
 from wtool.checkpoint.quantized import refuse_quantized
 from wtool.checkpoint.tied import embedding_name, head_name, is_tied
+from wtool.threads import available_processors, thread_pool
 
 CHUNK = 1 << 16  # elements
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a tensor's name is its layer
@@ -173,7 +171,7 @@ def compare(
         for name, other in pairing.pairs
         if a.tensors[name].shape != b.tensors[other].shape
     ]
-    threads = workers or len(os.sched_getaffinity(0))
+    threads = workers or available_processors()
 
     def work(number: int) -> Difference:
         for name, other in alike[number + threads : number + threads + 1]:
@@ -187,8 +185,7 @@ def compare(
         progress(info.nbytes)
         return Difference(name, other, info.shape, (info.dtype, b.tensors[other].dtype), sums)
 
-    # a new thread's first dot product runs on all of MKL's threads, and gives other digits, unless torch is asked first
-    with _one_torch_thread(), ThreadPoolExecutor(threads, "compare", initializer=torch.get_num_threads) as pool:
+    with thread_pool(threads) as pool:
         try:
             differences = tuple(pool.map(work, range(len(alike))))
         except BaseException:
@@ -235,13 +232,3 @@ def _measure_finite(a: Tensor, b: Tensor) -> Sums:
     d = b - a
     sums = (a.dot(a).item(), b.dot(b).item(), a.dot(b).item(), d.dot(d).item(), d.abs().max().item())
     return Sums(*sums, nonfinite, equal)
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

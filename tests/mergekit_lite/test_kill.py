@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -97,3 +99,20 @@ def test_kills_under_force_leave_the_old_output_or_the_new(models, tmp_path):
         assert again.exitcode == 0
         assert (out / "model.safetensors").read_bytes() == new
         assert run(["merge", *inputs, "-w", "0.5", "-w", "0.75", "--force", "-o", str(out)]) == 0
+
+
+def test_ctrl_c_is_one_word_and_the_work_goes_on(models, tmp_path):
+    """Ctrl-C as soon as the first files are there."""
+    inputs = [str(models / name) for name in ("a", "b")]
+    command = ["merge", *inputs, "-m", "ties", "--base", str(models / "base"), "--density", "0.4"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wtool", *command, "-o", str(out), "--workers", "1"], stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (work_folder(out) / "journal").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode in (0, 130)
+    assert errors == ("stopped\n" if process.returncode else "")
+    assert run([*command, "-o", str(out)]) == 0

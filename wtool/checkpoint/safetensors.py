@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import struct
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors package
 PAGE = mmap.PAGESIZE
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,9 @@ class SafetensorsFile(TensorFile):
 
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():
+        with _one_at_a_time, warnings.catch_warnings():  # which is not safe in several threads
             warnings.simplefilter("ignore")  # torch warns that the memory is read-only: that is what we want
             return mapped, torch.frombuffer(mapped, dtype=torch.uint8)
-
-    def open(self) -> None:
-        """Map the file now (catching warnings is not safe in several threads, so do it in one)."""
-        _ = self._mapping if self.header.data_size else None
 
     def read(self, name: str) -> "torch.Tensor":
         import torch

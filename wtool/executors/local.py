@@ -7,11 +7,9 @@ torch computes with one thread inside each.
 """
 
 import ctypes
-import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from wtool.errors import RuntimeProblem, UsageError
 from wtool.finite import first_nonfinite
 from wtool.plan import Plan, Step
 from wtool.shards import json_bytes
+from wtool.threads import available_processors, thread_pool
 from wtool.writer import MANIFEST, Writer, checksum, is_complete
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -41,7 +40,7 @@ class Outcome:
 
 def default_workers() -> int:
     """One for each processor this process may use, and one more to wait for the disk."""
-    return len(os.sched_getaffinity(0)) + 1
+    return available_processors() + 1
 
 
 def check_place(plan: Plan, out: Path) -> None:
@@ -113,13 +112,8 @@ def _run_steps(
                 raise
             progress(step.nbytes_written)
 
-    # A new thread computes on all of MKL's threads until it has asked torch for their number, whatever the main
-    # thread has set; and sums differ in their last digits with that number.
     _keep_freed_memory()
-    with (
-        _one_torch_thread(),
-        ThreadPoolExecutor(workers, thread_name_prefix="step", initializer=torch.get_num_threads) as pool,
-    ):
+    with thread_pool(workers) as pool:
         futures = [pool.submit(work) for _ in range(workers)]
         try:
             for future in futures:
@@ -186,16 +180,6 @@ def _manifest(plan: Plan, writer: Writer, fingerprint: str) -> dict[str, Any]:
         "inputs": inputs,
         "tensors_xxh3": {name: writer.done[name] for name in plan.outputs},
     }
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _keep_freed_memory() -> None:
