@@ -112,6 +112,9 @@ YAML = {
         "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: 0.3}}\n"
         "- {model: B, parameters: {weight: 0.9}}\n"
     ),
+    "linear with a base": (  # which joins the models if the weight is for all
+        "merge_method: linear\nbase_model: BASE\nmodels: [{model: A}, {model: B}]\nparameters: {weight: 0.4}\n"
+    ),
     "slerp": (
         "merge_method: slerp\nbase_model: A\nmodels: [{model: A}, {model: B}]\n"
         "parameters:\n  t:\n  - {filter: self_attn, value: [0, 0.5, 1]}\n"

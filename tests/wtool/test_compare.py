@@ -11,7 +11,7 @@ from torch import Tensor
 from wtool.checkpoint import open_checkpoint
 from wtool.compare import CHUNK, Comparison, compare, measure
 from wtool.errors import QuantizedInput
-from wtool.writer import json_bytes
+from wtool.shards import json_bytes
 
 NAN, INF = math.nan, math.inf
 

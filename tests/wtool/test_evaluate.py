@@ -32,7 +32,7 @@ from wtool.checkpoint import Checkpoint, open_checkpoint
 from wtool.errors import InputError, MalformedFile, Mismatch, MissingInput, UsageError
 from wtool.evaluate import Window, encode, evaluate, spread, tokenizers_differ
 from wtool.loading import load_model, load_tokenizer, pick_device, quiet, working_dtype
-from wtool.writer import json_bytes
+from wtool.shards import json_bytes
 
 SHORT = TEXT[:400]
 

@@ -187,7 +187,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def side_files(folder: Path) -> dict[str, Path]:
-    """The model's files beside weights and config, by name; code that a model brings (*.py) among them."""
+    """The model's files beside weights and config, by name; the code that it brings (`auto_map`) among them."""
     names = [name for name in SIDE_FILES if (folder / name).is_file()]
-    names += sorted(path.name for path in folder.glob("*.py"))
+    configs = [folder / name for name in ("config.json", "tokenizer_config.json")]
+    if any("auto_map" in read_json(path) for path in configs if path.is_file()):
+        names += sorted(path.name for path in folder.glob("*.py"))
     return {name: folder / name for name in names}

@@ -43,9 +43,9 @@ class RemoteFile(TensorFile):
 class RemoteFiles(Mapping[str, Path]):
     """The files beside the weights: their names are known, each is downloaded when it is asked for."""
 
-    def __init__(self, snapshot: Snapshot):
+    def __init__(self, snapshot: Snapshot, with_code: bool):
         self._snapshot = snapshot
-        code = sorted(name for name in snapshot.names if name.endswith(".py"))
+        code = sorted(name for name in snapshot.names if with_code and name.endswith(".py"))
         self._names = [name for name in SIDE_FILES if name in snapshot.names] + code
 
     def __getitem__(self, name: str) -> Path:
@@ -85,7 +85,7 @@ def open_headers(snapshot: Snapshot) -> Checkpoint:
         files = list(pool.map(lambda shard: RemoteFile(snapshot, shard, fetch_header(snapshot, shard)), shards))
     if index:
         check_index(Path(reference) / index, weight_map, files)
-    checkpoint = Folder(reference, Path(constants.HF_HUB_CACHE), files, config, RemoteFiles(snapshot))
+    checkpoint = Folder(reference, Path(constants.HF_HUB_CACHE), files, config, RemoteFiles(snapshot, with_code="auto_map" in config))
     checkpoint.revision = snapshot.commit
     return checkpoint
 

@@ -123,3 +123,10 @@ def test_packed_weights_are_refused_by_name(tmp_path, tensors, config, message):
     with pytest.raises(QuantizedInput) as caught:
         refuse_quantized(open_checkpoint(str(tmp_path)))
     assert message in str(caught.value)
+
+
+def test_code_belongs_to_a_model_that_says_so(sharded):
+    (sharded / "modeling.py").write_text("")
+    assert "modeling.py" not in open_checkpoint(str(sharded)).files
+    (sharded / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Model"}}')
+    assert "modeling.py" in open_checkpoint(str(sharded)).files

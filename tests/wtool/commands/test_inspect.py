@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import llama, saved
 
 from wtool.cli import run
-from wtool.writer import json_bytes
+from wtool.shards import json_bytes
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
