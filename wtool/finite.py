@@ -21,7 +21,7 @@ def first_nonfinite(tensor: torch.Tensor) -> int | None:
         return None
     signed, unsigned, infinity = _TYPES[tensor.dtype]
     flat = tensor.detach().reshape(-1).view(torch.uint8).numpy().view(signed)
-    minus_infinity = infinity + np.iinfo(signed).max + 1
+    minus_infinity = infinity | 1 << 8 * flat.itemsize - 1
     for begin in range(0, flat.size, _CHUNK):
         part = flat[begin : begin + _CHUNK]
         if part.max() >= infinity or part.view(unsigned).max() >= minus_infinity:

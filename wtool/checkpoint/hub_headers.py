@@ -85,7 +85,9 @@ def open_headers(snapshot: Snapshot) -> Checkpoint:
         files = list(pool.map(lambda shard: RemoteFile(snapshot, shard, fetch_header(snapshot, shard)), shards))
     if index:
         check_index(Path(reference) / index, weight_map, files)
-    checkpoint = Folder(reference, Path(constants.HF_HUB_CACHE), files, config, RemoteFiles(snapshot, with_code="auto_map" in config))
+    checkpoint = Folder(
+        reference, Path(constants.HF_HUB_CACHE), files, config, RemoteFiles(snapshot, with_code="auto_map" in config)
+    )
     checkpoint.revision = snapshot.commit
     return checkpoint
 

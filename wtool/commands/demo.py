@@ -23,6 +23,7 @@ from wtool.errors import RuntimeProblem
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 MODELS = Path(__file__).parents[1] / "demo" / "models"
+CHARACTERS = 24_000  # of text that each model is measured on, of each kind
 _EXPERTS = ("docs", "code")
 MERGES: dict[str, list[str]] = {
     "linear": [*_EXPERTS, "--method", "linear"],
@@ -84,7 +85,7 @@ def _measure(folder: Path, quiet: bool) -> list[Row]:
     from wtool import console
     from wtool.demo.texts import held_out_text
 
-    texts = [held_out_text("docs"), held_out_text("code")]
+    texts = [held_out_text("docs", CHARACTERS), held_out_text("code", CHARACTERS)]
     folder.mkdir(parents=True, exist_ok=True)
     models = {"base": "base", "docs expert": "docs", "code expert": "code"}
     rows: list[Row] = []

@@ -8,7 +8,7 @@ torch computes with one thread inside each.
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from wtool.writer import MANIFEST, Writer, checksum, is_complete
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
+BYTES_A_WORKER = 1 << 24
+
 Progress = Callable[[int], None]  # is told the bytes written by each step done
 
 
@@ -41,6 +43,11 @@ class Outcome:
 def default_workers() -> int:
     """One for each processor this process may use, and one more to wait for the disk."""
     return available_processors() + 1
+
+
+def _useful_workers(steps: Sequence[Step]) -> int:
+    """Where there is little to compute, threads only stand in each other's way."""
+    return min(default_workers(), 1 + sum(step.nbytes_written for step in steps) // BYTES_A_WORKER)
 
 
 def check_place(plan: Plan, out: Path) -> None:
@@ -83,7 +90,7 @@ def run(
         todo = [step for step in plan.steps if not all(name in writer.done for name in step.outputs)]
         resumed = sum(plan.outputs[name].nbytes for name in writer.done)
         progress(resumed)
-        _run_steps(plan, todo, writer, workers or default_workers(), allow_nonfinite, progress)
+        _run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress)
         manifest = _manifest(plan, writer, fingerprint)
         writer.commit({**plan.files, MANIFEST: json_bytes(manifest)})
     return Outcome(out, already_there=False, resumed_bytes=resumed)
