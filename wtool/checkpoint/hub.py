@@ -9,6 +9,7 @@ HF_TOKEN, HF_HOME, HF_HUB_OFFLINE.
 
 import logging
 import re
+import sys
 from collections.abc import Collection
 from glob import escape
 from pathlib import Path
@@ -57,6 +58,7 @@ def look_up(reference: str) -> Snapshot:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     repository, _, revision = reference.partition("@")
+    _quiet_unless_watched()
     with explained(reference):
         try:
             info = HfApi().model_info(repository, revision=revision or None, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -73,6 +75,15 @@ def look_up(reference: str) -> Snapshot:
         folder = _cached(repository, info.sha)
         whole = folder is not None and not _missing(names, folder, reference)
         return Snapshot(reference, info.sha, names, folder if whole else None)
+
+
+def _quiet_unless_watched() -> None:
+    """No progress bars where nobody looks, unless the user's environment says something of them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
 
 
 def _fetch(snapshot: Snapshot) -> Path:

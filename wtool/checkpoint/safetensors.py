@@ -1,10 +1,9 @@
 """safetensors files: the header read and checked, the data mapped and never copied.
 
-Format: 8 bytes little-endian header length, JSON header, tensor data
-(https://huggingface.co/docs/safetensors/index#format). The header is parsed here, and not by the safetensors
-package, because a header alone must do for files that are not on this machine, and because a damaged file
-must be named in words. The rules checked are those of the package: offsets in order, no hole, no overlap,
-sizes that agree with shape and dtype, nothing after the last tensor.
+Format (the safetensors package's documentation, section "Format"): 8 bytes little-endian header length, JSON header,
+tensor data. The header is parsed here, and not by the safetensors package, because a header alone must do for files
+that are not on this machine, and because a damaged file must be named in words. The rules checked are those of the
+package: offsets in order, no hole, no overlap, sizes that agree with shape and dtype, nothing after the last tensor.
 """
 
 import hashlib
