@@ -8,8 +8,9 @@ import typer
 from wtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from mergekit_lite.recipe import MergeRecipe
     from wtool.plan import Plan
+
+    from .recipe import MergeRecipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -61,8 +62,9 @@ def merge(
         "normalize": normalize,
         "rescale": rescale,
     }
-    from mergekit_lite.planner import plan_merge
     from wtool.console import parse_size
+
+    from .planner import plan_merge
 
     plan = plan_merge(
         _recipe(models, {key: value for key, value in flags.items() if value is not None}),
@@ -77,7 +79,7 @@ def merge(
 
 
 def _recipe(models: list[str], flags: dict[str, Any]) -> "MergeRecipe":
-    from mergekit_lite.recipe import parse_recipe, read_recipe
+    from .recipe import parse_recipe, read_recipe
 
     if models[0].endswith((".yml", ".yaml")):
         if len(models) > 1 or flags:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_lite.random_mask import RandomMask
-from mergekit_lite.task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
+from .random_mask import RandomMask
+from .task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
 
 Rescale = Literal["density", "l1", "none"]
 

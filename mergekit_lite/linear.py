@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lite import chunks
+from . import chunks
 
 
 def linear(

@@ -9,8 +9,9 @@ which is one of the deliberate differences (docs/merging.md).
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from mergekit_lite.recipe import Filtered, Parameter, Setting
 from wtool.errors import UsageError
+
+from .recipe import Filtered, Parameter, Setting
 
 LAYER = re.compile(r"^(.*?\.|)(\d+)\.")  # the first number among a name's parts is the layer's
 AFTER_LAYERS = re.compile(r"(^|[._])(norm|ln_f|final\w*|lm_head|embed_out|output|score|classifier)([._]|$)")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lite import chunks
+from . import chunks
 
 
 def passthrough(models: Sequence[Tensor], *, scale: float | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,12 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_lite.card import model_card
-from mergekit_lite.lineage import common_base
-from mergekit_lite.parameters import LAYER, Depths, resolve
-from mergekit_lite.random_mask import mask_key
-from mergekit_lite.recipe import MergeRecipe, Parameter
-from mergekit_lite.tokenizer import compare
 from wtool.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from wtool.checkpoint.quantized import refuse_quantized
 from wtool.checkpoint.tied import embedding_name, head_name, is_tied
@@ -24,6 +18,13 @@ from wtool.dtypes import FLOATS, config_name, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step
 from wtool.shards import json_bytes
+
+from .card import model_card
+from .lineage import common_base
+from .parameters import LAYER, Depths, resolve
+from .random_mask import mask_key
+from .recipe import MergeRecipe, Parameter
+from .tokenizer import compare
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")

@@ -12,14 +12,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mergekit_lite.dare import dare_linear, dare_ties
-from mergekit_lite.linear import linear
-from mergekit_lite.passthrough import passthrough
-from mergekit_lite.slerp import slerp
-from mergekit_lite.task_arithmetic import task_arithmetic
-from mergekit_lite.ties import ties
 from wtool.dtypes import parse_float_dtype
 from wtool.errors import UsageError, did_you_mean
+
+from .dare import dare_linear, dare_ties
+from .linear import linear
+from .passthrough import passthrough
+from .slerp import slerp
+from .task_arithmetic import task_arithmetic
+from .ties import ties
 
 REQUIRED = object()
 

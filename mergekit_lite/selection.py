@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergekit_lite import chunks
+from . import chunks
 
 SAMPLE = 1 << 17  # elements
 SAMPLE_RUN = 32  # consecutive ones, as memory is read by the line

@@ -15,8 +15,8 @@ from math import acos, sin, sqrt
 import torch
 from torch import Tensor
 
-from mergekit_lite import chunks
-from mergekit_lite.linear import between
+from . import chunks
+from .linear import between
 
 STRAIGHT = 0.9995  # beyond this cosine, the line
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lite.task_vectors import merge_task_vectors
+from .task_vectors import merge_task_vectors
 
 
 def task_arithmetic(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_lite import chunks
+from . import chunks
 
 Thin = Callable[[int, Tensor, Tensor], None]
 """(first element, piece of a task vector to change in place, spare piece)."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_lite import selection
-from mergekit_lite.task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
+from . import selection
+from .task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
 
 
 def ties(

@@ -1,7 +1,6 @@
 """Merging models of the Hub, from a local server that speaks its API."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -36,7 +35,6 @@ def test_hub_models_merge_as_local_ones_do(repositories, tmp_path, monkeypatch):
     inputs = json.loads((tmp_path / "remote/wtool.json").read_text())["inputs"]
     assert all(len(each["revision"]) == 40 for each in inputs)
     assert "base_model:\n- org/base\n- org/a\n- org/b\n" in (tmp_path / "remote/README.md").read_text()
-    shutil.rmtree(tmp_path / "remote")
 
 
 def test_a_dry_run_downloads_no_weights(repositories, tmp_path, capsys):
