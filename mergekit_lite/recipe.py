@@ -9,11 +9,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from wtool.dtypes import parse_float_dtype
 from wtool.errors import UsageError, did_you_mean
+from wtool.recipe_file import read_yaml, validated
 
 from .dare import dare_linear, dare_ties
 from .linear import linear
@@ -229,34 +229,9 @@ def parse_recipe(content: Any, where: str) -> MergeRecipe:
     later = next((key for key in MERGEKIT_LATER if key in content), None)
     if later:
         raise UsageError(f"{where}: '{later}' is not supported yet (merge_method, models, base_model, parameters are)")
-    try:
-        return MergeRecipe.model_validate(content)
-    except ValidationError as error:
-        raise UsageError(f"{where}: {_in_words(error)}") from None
+    return validated(MergeRecipe, content, where)
 
 
 def read_recipe(path: Path) -> MergeRecipe:
     """Read a recipe file: mergekit's YAML."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_recipe(content, str(path))
-
-
-def _in_words(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if not _is_type_name(part))
-    if first["type"] == "extra_forbidden":
-        owner = MergeRecipe if len(first["loc"]) == 1 else ModelEntry
-        return f"unknown key '{place}'{did_you_mean(str(first['loc'][-1]), owner.model_fields)}"
-    if first["type"] == "missing":
-        return f"'{place}' is missing"
-    return f"'{place}': {first['msg'].lower()} (found {str(first['input'])[:60]!r})"
-
-
-def _is_type_name(part: int | str) -> bool:
-    """pydantic names the member of a union that it tried; a user does not know those."""
-    return isinstance(part, str) and (part in ("bool", "int", "float", "str") or "[" in part)
+    return parse_recipe(read_yaml(path), str(path))

@@ -63,8 +63,11 @@ def load_model(
         raise MissingInput(f"{label}: no config.json beside the weights, and without it no model can be built")
     failures: list[WtoolError] = []
     state: Any = {name: Stored(checkpoint, name, failures) for name in checkpoint.tensors}
-    code = [name for name in checkpoint.files if name.endswith(".py")] if trust_remote_code else []
-    with _explained(label, "build the model"), quiet(), _folder(checkpoint, code) as folder:
+    with (
+        explained(label, "build the model"),
+        quiet(),
+        model_folder(checkpoint, code_files(checkpoint, trust_remote_code)) as folder,
+    ):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):  # weighs nothing; tells the class, which may be one of the model's own code
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -110,7 +113,7 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
     names = [name for name in checkpoint.files if trust_remote_code or not name.endswith(".py")]
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in names):
         raise MissingInput(f"{checkpoint.label}: no tokenizer beside the weights (tokenizer.json, vocab.json, …)")
-    with _explained(checkpoint.label, "load the tokenizer"), quiet(), _folder(checkpoint, names) as folder:
+    with explained(checkpoint.label, "load the tokenizer"), quiet(), model_folder(checkpoint, names) as folder:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -142,8 +145,13 @@ def pick_device(name: str) -> str:
     return name
 
 
+def code_files(checkpoint: Checkpoint, trusted: bool) -> list[str]:
+    """The names of the model's own code, where the user trusts it."""
+    return [name for name in checkpoint.files if trusted and name.endswith(".py")]
+
+
 @contextmanager
-def _folder(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[Path]:
+def model_folder(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[Path]:
     """A folder with the checkpoint's config.json and those of its other files."""
     with tempfile.TemporaryDirectory(prefix="wtool-model-") as name:
         folder = Path(name)
@@ -155,7 +163,7 @@ def _folder(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(label: str, what: str) -> Iterator[None]:
+def explained(label: str, what: str) -> Iterator[None]:
     """Tell in one line what transformers tells in many."""
     try:
         yield

@@ -7,7 +7,7 @@ A plan can be printed, checked without weights, sent to another machine and refu
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ class Step:
 
     reads: tuple[tuple[int, str], ...]  # (source, tensor)
     outputs: Mapping[str, TensorInfo]
-    function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]"  # of the tensors read, in their order
+    # of the tensors read, in their order; None where the outputs come out of a walk through the model
+    function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None"
 
     @property
     def nbytes_written(self) -> int:
@@ -47,6 +48,7 @@ class Plan:
     recipe: Mapping[str, Any]  # what was asked, for the manifest (JSON)
     problems: Sequence[str] = ()  # what makes the plan impossible
     warnings: Sequence[str] = ()  # what the user should know
+    about: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest tells (JSON)
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     @cached_property

@@ -29,6 +29,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 BYTES_A_WORKER = 1 << 24
 
 Progress = Callable[[int], None]  # is told the bytes written by each step done
+Walk = Callable[[Writer], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def run(
     workers: int | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    walk: Walk | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> Outcome:
     """Carry out a plan, or go on with one that was stopped.
@@ -78,6 +80,7 @@ def run(
     workers: threads; if None one more than there are processors, as one is likely to wait for the disk
     force: replace an output that is there, discard unfinished work of another recipe
     allow_nonfinite: write NaN and infinity instead of refusing them
+    walk: writes the outputs of the steps that have no function, after all others
 
     raises: WtoolError; what was done is kept and continued by the same call
     """
@@ -87,10 +90,12 @@ def run(
     if out.exists() and not force and is_complete(out, fingerprint):
         return Outcome(out, already_there=True, resumed_bytes=0)
     with Writer(out, plan.shards, fingerprint, force=force) as writer:
-        todo = [step for step in plan.steps if not all(name in writer.done for name in step.outputs)]
+        todo = [step for step in plan.steps if step.function and not all(name in writer.done for name in step.outputs)]
         resumed = sum(plan.outputs[name].nbytes for name in writer.done)
         progress(resumed)
         _run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress)
+        if walk is not None:
+            walk(writer)
         manifest = _manifest(plan, writer, fingerprint)
         writer.commit({**plan.files, MANIFEST: json_bytes(manifest)})
     return Outcome(out, already_there=False, resumed_bytes=resumed)
@@ -131,6 +136,7 @@ def _run_steps(
 
 def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> None:
     inputs = [plan.sources[source].read(name) for source, name in step.reads]
+    assert step.function is not None
     result = step.function(*inputs)
     tensors = dict(zip(step.outputs, (result,) if isinstance(result, torch.Tensor) else result, strict=True))
     if not allow_nonfinite:
@@ -166,7 +172,9 @@ def _nonfinite(
 def _manifest(plan: Plan, writer: Writer, fingerprint: str) -> dict[str, Any]:
     """What was made of what: the same inputs and recipe give the same manifest, to the byte."""
     read: list[dict[str, str]] = [{} for _ in plan.sources]
+    report: dict[str, Any] = {}
     for note in writer.notes:
+        report |= note.get("report", {})
         for source, name, digest in note["inputs"]:
             read[source][name] = digest
     inputs = [
@@ -185,6 +193,8 @@ def _manifest(plan: Plan, writer: Writer, fingerprint: str) -> dict[str, Any]:
         "fingerprint": fingerprint,
         "recipe": plan.recipe,
         "inputs": inputs,
+        **plan.about,
+        **({"report": dict(sorted(report.items()))} if report else {}),
         "tensors_xxh3": {name: writer.done[name] for name in plan.outputs},
     }
 

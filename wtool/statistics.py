@@ -1,0 +1,188 @@
+"""What calibration gathers of an input, and what methods make of it: the Gram matrix, and its factors.
+
+A Gram matrix is the mean of x xᵀ over the calibration tokens x. By it the error that a change E of a linear's weights
+makes in its output is known without the tokens: the mean of |E x|² is tr(E G Eᵀ).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import RuntimeProblem
+
+_STRIPES = 4  # a symmetric product is made in stripes, each from its diagonal on: 5/8 of the whole
+
+
+class Gram:
+    """The sum of x xᵀ over tokens, as it grows.
+
+    tokens:  how many were added, those dropped not among them
+    dropped: how many were left out because a value of theirs was not finite
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(features, features, device=device)  # right as far as the stripes reach
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # on the device, so that nobody waits for it
+
+    @property
+    def tokens(self) -> int:
+        return int(self._counts[0])
+
+    @property
+    def dropped(self) -> int:
+        return int(self._counts[1])
+
+    def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add tokens.
+
+        inputs: [..., features], of any float type, on the device of the sum
+        mask:   bool [...], True where a token counts
+        """
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        finite = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).isfinite()  # in float32 a sum of squares
+        asked = torch.ones_like(finite) if mask is None else mask.reshape(-1)
+        keep = finite & asked
+        self._counts += torch.stack([keep.sum(), (asked & ~finite).sum()])
+        if rows.is_cuda or not bool(keep.all()):
+            rows = torch.where(keep[:, None], rows, 0)
+        self._add_products(rows)
+
+    def _add_products(self, rows: Tensor) -> None:
+        features = len(self._sum)
+        if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        with _tf32():
+            for begin, end in _stripes(features):
+                left, right, target = rows[:, begin:end].t(), rows[:, begin:], self._sum[begin:end, begin:]
+                if rows.dtype == torch.float32:
+                    target.addmm_(left, right)
+                else:  # the products of 16-bit floats are exact in float32
+                    target.add_(torch.mm(left, right, out_dtype=torch.float32))
+
+    def finish(self) -> Tensor:
+        """The mean of x xᵀ, float32 [features, features], exactly symmetric; zeros where there was no token.
+
+        It is made in the memory of the sum, to which nothing can be added afterwards.
+        """
+        total, self._sum = self._sum, torch.empty(0)
+        for begin, end in _stripes(len(total)):
+            square = total[begin:end, begin:end]
+            square.copy_(square.triu() + square.triu(1).t())
+            total[end:, begin:end] = total[begin:end, end:].t()
+        return total.div_(self._counts[0].clamp(min=1))
+
+
+def _stripes(features: int) -> Iterator[tuple[int, int]]:
+    width = max(64, -(-features // _STRIPES))
+    return ((begin, min(begin + width, features)) for begin in range(0, features, width))
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Let float32 products on a GPU be made of 11-bit mantissas, and added up in float32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A damped Gram matrix as A diag(pivots) Aᵀ, A unit upper triangular.
+
+    A pivot is what is left of an input's mean square when the inputs after it are used to predict it, all inputs
+    being in the order that was asked for.
+    """
+
+    upper: Tensor  # A, [features, features]
+    pivots: Tensor  # [features], positive
+    dead: Tensor  # bool [features], in the natural order: inputs that were 0 at every token
+    damping: float  # what was added to the diagonal, as a share of the diagonal's mean
+
+
+def factor(gram: Tensor, *, damping: float, permutation: Tensor | None = None) -> Factor | None:
+    """Factor a Gram matrix, with more damping where the asked one is not enough.
+
+    gram:        [features, features], symmetric; the factor has its float type
+    damping:     share of the diagonal's mean to add to the diagonal, at least 0; tried ten times as much again and
+                 again, at most 1
+    permutation: int64 [features], the order of the features; None for the natural one
+
+    returns: None where no damping makes the matrix positive definite
+    raises: RuntimeProblem where a value of the matrix is not finite
+    """
+    _refuse_nonfinite(gram)
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    mean = torch.where(dead, 1, diagonal).mean()
+    backwards = _order(gram, permutation).flip(0)
+    for share in _ladder(damping):
+        lower = gram.index_select(0, backwards).index_select(1, backwards)
+        lower.diagonal().add_(share * mean + dead[backwards])
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if info.item() == 0 and bool(lower.diagonal().isfinite().all()):
+            upper = lower.flip(0, 1)
+            roots = upper.diagonal().clone()
+            return Factor(upper.div_(roots), roots.square_(), dead, share)
+    return None
+
+
+def _refuse_nonfinite(gram: Tensor) -> None:
+    # a sum is not finite if a term is not; where it only overflows, the second look finds nothing
+    if not bool(gram.sum().isfinite()) and not bool(gram.isfinite().all()):
+        row, column = (~gram.isfinite()).nonzero()[0].tolist()
+        raise RuntimeProblem(
+            f"the Gram matrix has {gram[row, column].item()} at row {row}, column {column}; "
+            "statistics must be finite: calibrate anew, in a wider float type if activations overflow"
+        )
+
+
+def _order(gram: Tensor, permutation: Tensor | None) -> Tensor:
+    return torch.arange(len(gram), device=gram.device) if permutation is None else permutation
+
+
+def _ladder(damping: float) -> Iterator[float]:
+    """The damping asked for, then ten times as much up to 1; after none, a thousandth."""
+    while True:
+        yield damping
+        if damping >= 1:
+            return
+        damping = min(1.0, damping * 10) if damping > 0 else 1e-3
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far an approximation of a linear's weights is from them; 0 is exact, 1 is as far as zeros are."""
+
+    weight: float  # |W - Q| / |W|, Frobenius norms
+    output: float  # the same of the outputs over the calibration tokens: |(W - Q) X| / |W X|
+
+
+def relative_errors(weight: Tensor, gram: Tensor, approximations: list[Tensor]) -> list[Errors]:
+    """The errors of approximations [out, in] of a weight [out, in] whose inputs have a Gram matrix [in, in]."""
+    weight = weight.float()
+    scale, energy = _square(weight), _output_square(weight, gram)
+    found = []
+    for approximation in approximations:
+        error = weight - approximation
+        found.append(Errors(_root(_square(error), scale), _root(_output_square(error, gram), energy)))
+    return found
+
+
+def _square(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+
+
+def _output_square(matrix: Tensor, gram: Tensor) -> float:
+    with _tf32():
+        return max(0.0, float((matrix @ gram).mul_(matrix).sum(dtype=torch.float64)))
+
+
+def _root(part: float, whole: float) -> float:
+    return (part / whole) ** 0.5 if whole else 0.0
