@@ -19,7 +19,6 @@ A block with experts goes in one pass, as experts are not run side by side.
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,11 +26,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from wtool.checkpoint.base import Checkpoint
 from wtool.errors import InputError
+from wtool.memory import give_back_freed_memory
 from wtool.network import Block, Linear, Network, Read, Regions
 from wtool.statistics import Gram
 from wtool.writer import checksum
@@ -88,10 +89,6 @@ class _Recorded(Exception):
     """Ends a forward when the last block was reached."""
 
 
-class _Abandoned(Exception):
-    """Ends a forward that nobody waits for any more."""
-
-
 def walk(
     network: Network,
     windows: Sequence[Tensor],
@@ -127,6 +124,7 @@ def walk(
                     _one_pass(forward, sites, visitor)
                 else:
                     _sequential(forward, sites, visitor)
+            give_back_freed_memory()
 
 
 def steps(network: Network, windows: Sequence[Tensor], batch_tokens: int = 4096) -> int:
@@ -166,6 +164,10 @@ class _Store:
 
     def __getitem__(self, number: int) -> Tensor:
         return self._kept[number]
+
+    def take(self, number: int) -> Tensor:
+        """A batch's states, which need not be kept any longer."""
+        return self._kept[number] if self._folder else self._kept.pop(number)
 
 
 @contextmanager
@@ -245,16 +247,20 @@ class _Forward:
     hidden: _Store
     progress: Callable[[int], None]
 
-    def run(self, number: int) -> Tensor:
-        """The block's output for a batch."""
+    def run(self, number: int, *, last: bool = False) -> Tensor:
+        """The block's output for a batch.
+
+        last: its input is not needed again
+        """
         call = self.calls[number]
-        output = self.block.module(self.hidden[number].to(self.network.device), *call.args, **call.kwargs)
+        states = self.hidden.take(number) if last else self.hidden[number]
+        output = self.block.module(states.to(self.network.device), *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def plain(self) -> None:
         """Run all batches and keep the outputs."""
         for number in range(len(self.calls)):
-            self.hidden[number] = self.run(number)
+            self.hidden[number] = self.run(number, last=True)
             self.progress(1)
 
     def regions(self) -> Regions:
@@ -365,98 +371,85 @@ def _finish(forward: _Forward, visitor: Visitor, seen: set[Linear]) -> None:
 
 
 def _sequential(forward: _Forward, sites: _Sites, visitor: Visitor) -> None:
-    regions = forward.regions()
-    shared = sites.of(forward, regions)
+    shared = sites.of(forward, forward.regions())
     released: set[Linear] = set()
-    flows = [_Flow(forward, number, regions, released) for number in range(len(forward.calls))]
-    try:
-        while flows[0].advance():
-            gathered = _Gathered(forward.block, shared, forward.network.device)
-            gathered.add(*flows[0].take())
+    flows = [_Flow(forward, number) for number in range(len(forward.calls))]
+    with _stops(forward, released):
+        try:
+            while flows[0].advance():
+                gathered = _Gathered(forward.block, shared, forward.network.device)
+                gathered.add(*flows[0].met())
+                for flow in flows[1:]:
+                    assert flow.advance(), "batches of one block go through the same linears"
+                    gathered.add(*flow.met())
+                (site,) = gathered.sites()
+                forward.change(visitor.site(site))
+                released.update(site.linears)
             for flow in flows[1:]:
-                met = flow.advance()
-                assert met, "batches of one block go through the same linears"
-                gathered.add(*flow.take())
-            (site,) = gathered.sites()
-            forward.change(visitor.site(site))
-            released.update(site.linears)
-        for flow in flows[1:]:
-            assert not flow.advance(), "batches of one block go through the same linears"
-        for number, flow in enumerate(flows):
-            forward.hidden[number] = flow.output()
-            forward.progress(1)
-    finally:
-        for flow in flows:
-            flow.abandon()
+                assert not flow.advance(), "batches of one block go through the same linears"
+        finally:
+            for flow in flows:
+                flow.abandon()
+    for number, flow in enumerate(flows):
+        forward.hidden[number] = flow.output()
+        forward.progress(1)
     _finish(forward, visitor, released)
 
 
 class _Flow:
     """A batch on its way through a block, stopped before every linear that is not released yet.
 
-    It runs in a thread of its own, of which one at a time goes on: a thread is what Python can stop in the middle of
-    a forward.
+    A greenlet is what can be stopped in the middle of a forward. All are of one thread, which runs one at a time.
     """
 
-    def __init__(self, forward: _Forward, number: int, regions: Regions, released: set[Linear]):
-        self._forward, self._number, self._regions, self._released = forward, number, regions, released
-        self._met: tuple[tuple[Linear, ...], Tensor] | None = None
-        self._output: Tensor | None = None
-        self._error: BaseException | None = None
-        self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
-        self._abandoned = False
-        self._thread = threading.Thread(target=self._run, name=f"wtool-batch-{number}", daemon=True)
-        self._thread.start()
+    def __init__(self, forward: _Forward, number: int):
+        self._greenlet = greenlet(lambda: forward.run(number, last=True))
+        self._got: Any = None
 
     def advance(self) -> bool:
         """Go on to the next linears; whether there are any before the block's end."""
-        if not self._thread.is_alive():
-            return False
-        self._go.release()
-        self._halted.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._met is not None
+        self._got = None
+        self._got = self._greenlet.switch()
+        return not self._greenlet.dead
 
-    def take(self) -> tuple[tuple[Linear, ...], Tensor]:
+    def met(self) -> tuple[tuple[Linear, ...], Tensor]:
         """The linears it stands before, and what they are fed."""
-        assert self._met is not None
-        return self._met
+        return self._got
 
     def output(self) -> Tensor:
         """The block's output, handed out once."""
-        assert self._output is not None
-        output, self._output = self._output, None
+        output, self._got = self._got, None
         return output
 
     def abandon(self) -> None:
-        self._abandoned = True
-        self._go.release()
-        self._thread.join()
+        """End it where it stands, if it has not come to its end."""
+        self._greenlet.throw()
 
-    def _run(self) -> None:
-        self._go.acquire()
-        try:
-            torch.get_num_threads()  # see wtool/threads.py
-            if not self._abandoned:
-                with torch.inference_mode(), _Watch(self._regions, self._meet):
-                    self._output = self._forward.run(self._number)
-        except _Abandoned:
-            pass
-        except BaseException as error:
-            self._error = error
-        self._met = None
-        self._halted.release()
 
-    def _meet(self, linears: tuple[Linear, ...], fed: Tensor) -> None:
-        if linears[0] in self._released:
-            return
-        self._met = (linears, fed)
-        self._halted.release()
-        self._go.acquire()
-        self._met = None
-        if self._abandoned:
-            raise _Abandoned
+@contextmanager
+def _stops(forward: _Forward, released: set[Linear]) -> Iterator[None]:
+    """Have the flows stop before linears that are not released, for a while."""
+    network = forward.network
+    modules: dict[str, tuple[Linear, ...]] = {}
+    for linear in forward.block.linears:
+        path = linear.slot.parameter.rpartition(".")[0]
+        modules[path] = (*modules.get(path, ()), linear)
+
+    def stop(linears: tuple[Linear, ...], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if linears[0] not in released:
+            getcurrent().parent.switch((linears, arguments[0] if arguments else named["input"]))
+
+    hooks = [
+        network.model.get_submodule(path).register_forward_pre_hook(
+            lambda module, arguments, named, linears=linears: stop(linears, arguments, named), with_kwargs=True
+        )
+        for path, linears in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def working_dtype(checkpoint: Checkpoint, device: str) -> str:

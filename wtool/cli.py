@@ -20,9 +20,12 @@ INTERRUPTED = 130  # the exit code that typer gives to Ctrl-C
 # verb -> where its command is, and what it does
 VERBS: dict[str, tuple[str, str]] = {
     "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE"),
+    "quantize": ("quant.cli:app", "quantize a checkpoint: GPTQ, or rounding alone"),
+    "calibrate": ("wtool.commands.calibrate:app", "gather statistics once, for any quantization to start from"),
     "inspect": ("wtool.commands.inspect:app", "what a checkpoint holds: tensors, types, sizes, configuration"),
     "diff": ("wtool.commands.diff:app", "how far two checkpoints are apart, tensor by tensor"),
     "eval": ("wtool.commands.eval:app", "perplexity on a text, and divergence from a reference model"),
+    "report": ("wtool.commands.report:app", "a page that tells what was done to a checkpoint"),
     "demo": ("wtool.commands.demo:app", "merge two small trained experts and show what it did"),
 }
 

@@ -191,6 +191,8 @@ class Network:
     def _fill(self, group: Group, read: Read) -> None:
         for name, tensor in self._converted(group, {source: read(source) for source in group.sources}).items():
             self._set(name, tensor, group.sources[0])
+        for source in group.sources:
+            self.checkpoint.forget(source)
 
     def _converted(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if group.converter is None:

@@ -31,11 +31,19 @@ class Step:
     reads: tuple[tuple[int, str], ...]  # (source, tensor)
     outputs: Mapping[str, TensorInfo]
     # of the tensors read, in their order; None where the outputs come out of a walk through the model
-    function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None"
+    function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...] | Told] | None"
 
     @property
     def nbytes_written(self) -> int:
         return sum(info.nbytes for info in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a step made, with what the manifest's report is to tell of it."""
+
+    tensors: "tuple[torch.Tensor, ...]"
+    report: Mapping[str, Any]  # JSON
 
 
 @dataclass(frozen=True)

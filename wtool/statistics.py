@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .errors import RuntimeProblem
 
-_STRIPES = 4  # a symmetric product is made in stripes, each from its diagonal on: 5/8 of the whole
+_STRIPES = 4  # or more; a symmetric product is made in stripes, each from its diagonal on: at most 5/8 of the whole
+_WIDTH = 256  # of a stripe on the processor, at most: 0.56 to 0.7 of the time of the whole at 576 to 4096 features
+_BLOCK = 384  # columns of a Cholesky factor at a time
 
 
 class Gram:
@@ -42,6 +44,7 @@ class Gram:
         mask:   bool [...], True where a token counts
         """
         rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        rows = rows.float() if rows.dtype == torch.float64 else rows
         finite = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).isfinite()  # in float32 a sum of squares
         asked = torch.ones_like(finite) if mask is None else mask.reshape(-1)
         keep = finite & asked
@@ -51,11 +54,10 @@ class Gram:
         self._add_products(rows)
 
     def _add_products(self, rows: Tensor) -> None:
-        features = len(self._sum)
         if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16):
             rows = rows.float()
         with _tf32():
-            for begin, end in _stripes(features):
+            for begin, end in _stripes(self._sum):
                 left, right, target = rows[:, begin:end].t(), rows[:, begin:], self._sum[begin:end, begin:]
                 if rows.dtype == torch.float32:
                     target.addmm_(left, right)
@@ -68,16 +70,18 @@ class Gram:
         It is made in the memory of the sum, to which nothing can be added afterwards.
         """
         total, self._sum = self._sum, torch.empty(0)
-        for begin, end in _stripes(len(total)):
+        for begin, end in _stripes(total):
             square = total[begin:end, begin:end]
             square.copy_(square.triu() + square.triu(1).t())
             total[end:, begin:end] = total[begin:end, end:].t()
         return total.div_(self._counts[0].clamp(min=1))
 
 
-def _stripes(features: int) -> Iterator[tuple[int, int]]:
-    width = max(64, -(-features // _STRIPES))
-    return ((begin, min(begin + width, features)) for begin in range(0, features, width))
+def _stripes(matrix: Tensor) -> Iterator[tuple[int, int]]:
+    size = len(matrix)
+    width = max(64, -(-size // _STRIPES))
+    width = width if matrix.is_cuda else min(_WIDTH, width)
+    return ((begin, min(begin + width, size)) for begin in range(0, size, width))
 
 
 @contextmanager
@@ -120,17 +124,34 @@ def factor(gram: Tensor, *, damping: float, permutation: Tensor | None = None) -
     diagonal = gram.diagonal()
     dead = diagonal == 0
     mean = torch.where(dead, 1, diagonal).mean()
-    backwards = _order(gram, permutation).flip(0)
+    order = torch.arange(len(gram), device=gram.device) if permutation is None else permutation
     for share in _ladder(damping):
-        lower = gram.index_select(0, backwards).index_select(1, backwards)
-        lower.diagonal().add_(share * mean + dead[backwards])
-        info = torch.empty((), dtype=torch.int32, device=gram.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if info.item() == 0 and bool(lower.diagonal().isfinite().all()):
-            upper = lower.flip(0, 1)
-            roots = upper.diagonal().clone()
-            return Factor(upper.div_(roots), roots.square_(), dead, share)
+        matrix = gram.index_select(0, order).index_select(1, order)
+        matrix.diagonal().add_(share * mean + dead[order].to(gram.dtype))
+        if _root(matrix):
+            roots = matrix.diagonal().clone()
+            return Factor(matrix.triu_().div_(roots), roots.square_(), dead, share)
     return None
+
+
+def _root(matrix: Tensor) -> bool:
+    """Replace a matrix M by upper triangular R, M = R Rᵀ, and tell whether there is one; only M's upper part is used.
+
+    In blocks from the last to the first: on the processor about twice as fast as LAPACK on the whole.
+    """
+    block = _BLOCK if matrix.device.type == "cpu" else len(matrix)
+    for end in range(len(matrix), 0, -block):
+        begin = max(0, end - block)
+        corner, above = matrix[begin:end, begin:end], matrix[:begin, begin:end]
+        root, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        if info.item() or not bool(root.diagonal().isfinite().all()):
+            return False
+        corner.copy_(root.flip(0, 1))
+        if begin:
+            above.copy_(torch.linalg.solve_triangular(corner.t(), above, upper=False, left=False))
+            for left, right in _stripes(matrix[:begin]):
+                matrix[:right, left:right].addmm_(above[:right], above[left:right].t(), alpha=-1)
+    return True
 
 
 def _refuse_nonfinite(gram: Tensor) -> None:
@@ -141,10 +162,6 @@ def _refuse_nonfinite(gram: Tensor) -> None:
             f"the Gram matrix has {gram[row, column].item()} at row {row}, column {column}; "
             "statistics must be finite: calibrate anew, in a wider float type if activations overflow"
         )
-
-
-def _order(gram: Tensor, permutation: Tensor | None) -> Tensor:
-    return torch.arange(len(gram), device=gram.device) if permutation is None else permutation
 
 
 def _ladder(damping: float) -> Iterator[float]:
@@ -171,7 +188,7 @@ def relative_errors(weight: Tensor, gram: Tensor, approximations: list[Tensor]) 
     found = []
     for approximation in approximations:
         error = weight - approximation
-        found.append(Errors(_root(_square(error), scale), _root(_output_square(error, gram), energy)))
+        found.append(Errors(_ratio(_square(error), scale), _ratio(_output_square(error, gram), energy)))
     return found
 
 
@@ -184,5 +201,5 @@ def _output_square(matrix: Tensor, gram: Tensor) -> float:
         return max(0.0, float((matrix @ gram).mul_(matrix).sum(dtype=torch.float64)))
 
 
-def _root(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return (part / whole) ** 0.5 if whole else 0.0

@@ -79,7 +79,7 @@ class Writer:
         self._check_place(force)
         with disk_errors(out):
             self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
+            self._lock: int | None = take_lock(self.work, out)
             self.done: dict[str, str] = {}  # tensor -> checksum
             self.notes: list[dict[str, Any]] = []  # what the steps told, in the order they ended
             try:
@@ -179,15 +179,6 @@ class Writer:
         if self.out.exists() and not self.out.is_dir():
             raise OutputExists(f"{self.out}: a file, not a folder; --force only replaces a folder")
 
-    def _take_lock(self) -> int | None:
-        lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UnfinishedWork(f"{self.out}: another wtool is writing it now") from None
-        return lock
-
     def _prepare(self, force: bool) -> None:
         journal = self.work / "journal"
         entries = _read_journal(journal)
@@ -238,6 +229,20 @@ class Writer:
             if found.hexdigest() != expected:
                 return False
         return True
+
+
+def take_lock(work: Path, out: Path) -> int:
+    """Lock a hidden folder for this process, until the descriptor is closed or the process ends.
+
+    raises: UnfinishedWork where another process has it
+    """
+    lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UnfinishedWork(f"{out}: another wtool is writing it now") from None
+    return lock
 
 
 def work_folder(out: Path) -> Path:

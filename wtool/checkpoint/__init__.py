@@ -10,7 +10,7 @@ hub          the Hub: downloads into the shared cache
 hub_files    the Hub: which of a repository's files are needed
 hub_headers  the Hub: headers by range requests, nothing else downloaded
 hub_errors   the Hub: what can go wrong, in one line
-quantized    telling packed weights from plain ones
+quantized    packed weights: decoded on reading, or told from plain ones
 tied         output heads that are the embedding again
 resolve      from what a user writes to one of the above
 """

@@ -98,6 +98,7 @@ class Checkpoint(ABC):
     config: dict[str, Any]  # config.json; empty where there is none
     files: Mapping[str, Path]  # the other files of the model (tokenizer, generation config, chat template, card)
     revision: str | None = None  # the Hub commit the files are from; None for local files
+    quantization: str | None = None  # how the weights lie on disk, where `read` makes plain ones of packed ones
 
     @abstractmethod
     def read(self, name: str) -> "torch.Tensor":

@@ -20,7 +20,7 @@ def open_checkpoint(reference: str, *, headers_only: bool = False) -> Checkpoint
     base, *adapters = _split(reference)
     if not base:
         raise UsageError(f"'{reference}': no checkpoint is named")
-    checkpoint = _open_plain(base, headers_only)
+    checkpoint = _decoded(_open_stored(base, headers_only))
     for adapter in adapters:
         from wtool.checkpoint.adapter import Adapted
 
@@ -28,7 +28,7 @@ def open_checkpoint(reference: str, *, headers_only: bool = False) -> Checkpoint
     return checkpoint
 
 
-def _open_plain(reference: str, headers_only: bool) -> Checkpoint:
+def _open_stored(reference: str, headers_only: bool) -> Checkpoint:
     path = Path(reference).expanduser()
     if path.exists():
         return open_local(path, reference)
@@ -39,6 +39,14 @@ def _open_plain(reference: str, headers_only: bool) -> Checkpoint:
     if headers_only:
         return hub.open_remote(reference)
     return hub.open_downloaded(reference)
+
+
+def _decoded(checkpoint: Checkpoint) -> Checkpoint:
+    if checkpoint.config.get("quantization_config") is None:
+        return checkpoint
+    from wtool.checkpoint.quantized import decoded
+
+    return decoded(checkpoint)
 
 
 def local_folder(reference: str) -> Path:

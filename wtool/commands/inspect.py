@@ -1,6 +1,7 @@
 """`wtool inspect`: what a checkpoint holds, told from headers alone; a model on the Hub is not downloaded for it.
 
-Nothing here needs torch, and quantized checkpoints that no other verb can read can be looked at.
+Nothing here needs torch, and quantized checkpoints that no other verb can read can be looked at; those that others
+can are shown as they are read, with what is on disk beside it.
 """
 
 import re
@@ -86,6 +87,7 @@ def describe(checkpoint: "Checkpoint") -> dict[str, Any]:
         "config": config_summary(checkpoint.config),
         "tied": tied,
         "quantization": quantization(checkpoint),
+        "decoded_from": checkpoint.quantization,
         "shards": [{"name": file.name, "bytes": file.size} for file in identity],
         "files": None if inside else sorted(checkpoint.files),
     }
@@ -113,7 +115,7 @@ def config_summary(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantization(checkpoint: "Checkpoint") -> dict[str, Any] | None:
-    """How the weights are packed; None for plain ones."""
+    """How the weights are packed; None for plain ones, and for those that are plain once they are read."""
     from wtool.checkpoint.quantized import refuse_quantized
     from wtool.errors import QuantizedInput
 
@@ -152,17 +154,17 @@ def _print(facts: Mapping[str, Any], rows: list[dict[str, Any]], tensors: bool) 
     from wtool.console import emit, human_bytes, human_count, table
 
     types = ", ".join(f"{dtype} {human_bytes(size)}" for dtype, size in facts["bytes_by_dtype"].items())
-    packed = facts["quantization"]
+    packed, decoded = facts["quantization"], facts["decoded_from"]
     head = ", head tied to the embedding" if facts["tied"] else ", head of its own" if facts["tied"] is False else ""
     count, on_disk = facts["parameters"], facts["bytes_on_disk"]
-    smaller = f" unpacked, {human_bytes(on_disk)} on disk" if "GGUF" in facts["kind"] else ""
+    smaller = f" unpacked, {human_bytes(on_disk)} on disk" if decoded or "GGUF" in facts["kind"] else ""
     lines = {
         "checkpoint": facts["checkpoint"],
         "kind": facts["kind"],
         "revision": facts["revision"],
         "stored values" if packed else "parameters": f"{human_count(count)} ({count:,}) in {facts['tensors']} tensors",
         "size": f"{human_bytes(facts['bytes'])}{smaller} ({types})",
-        "quantized": ", ".join(f"{key} {value}" for key, value in packed.items()) if packed else None,
+        "quantized": ", ".join(f"{key} {value}" for key, value in packed.items()) if packed else decoded,
         **_network(facts["config"], head),
         "files": _files(facts["shards"], human_bytes),
         "beside": "the tokenizer is inside the file" if facts["files"] is None else ", ".join(facts["files"]),

@@ -6,10 +6,8 @@ alike are read from front to back. Results do not depend on the number of worker
 torch computes with one thread inside each.
 """
 
-import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ import torch
 from wtool import __version__
 from wtool.errors import RuntimeProblem, UsageError
 from wtool.finite import first_nonfinite
-from wtool.plan import Plan, Step
+from wtool.memory import keep_freed_memory
+from wtool.plan import Plan, Step, Told
 from wtool.shards import json_bytes
 from wtool.threads import available_processors, thread_pool
 from wtool.writer import MANIFEST, Writer, checksum, is_complete
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 BYTES_A_WORKER = 1 << 24
 
@@ -93,6 +90,8 @@ def run(
         todo = [step for step in plan.steps if step.function and not all(name in writer.done for name in step.outputs)]
         resumed = sum(plan.outputs[name].nbytes for name in writer.done)
         progress(resumed)
+        if walk is None:
+            keep_freed_memory()
         _run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress)
         if walk is not None:
             walk(writer)
@@ -124,7 +123,6 @@ def _run_steps(
                 raise
             progress(step.nbytes_written)
 
-    _keep_freed_memory()
     with thread_pool(workers) as pool:
         futures = [pool.submit(work) for _ in range(workers)]
         try:
@@ -138,6 +136,8 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
     inputs = [plan.sources[source].read(name) for source, name in step.reads]
     assert step.function is not None
     result = step.function(*inputs)
+    told = result if isinstance(result, Told) else None
+    result = result.tensors if isinstance(result, Told) else result
     tensors = dict(zip(step.outputs, (result,) if isinstance(result, torch.Tensor) else result, strict=True))
     if not allow_nonfinite:
         for name, tensor in tensors.items():
@@ -146,7 +146,7 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
     sums = [
         [source, name, checksum(tensor.contiguous())] for (source, name), tensor in zip(step.reads, inputs, strict=True)
     ]
-    writer.write(tensors, note={"inputs": sums})
+    writer.write(tensors, note={"inputs": sums, **({"report": told.report} if told else {})})
     for source, name in step.reads:
         plan.sources[source].forget(name)
 
@@ -197,15 +197,3 @@ def _manifest(plan: Plan, writer: Writer, fingerprint: str) -> dict[str, Any]:
         **({"report": dict(sorted(report.items()))} if report else {}),
         "tensors_xxh3": {name: writer.done[name] for name in plan.outputs},
     }
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library use freed memory again instead of giving it back to the system.
-
-    A result of some megabytes would get fresh pages from the system each time, and to fill in those costs as much
-    as the arithmetic. The memory held is that of the results in flight, as before.
-    """
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
-        library.mallopt(_M_TRIM_THRESHOLD, 1 << 30)

@@ -5,8 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from wtool.checkpoint import open_checkpoint
-from wtool.checkpoint.quantized import refuse_quantized
-from wtool.errors import MalformedFile, MissingInput, QuantizedInput
+from wtool.errors import MalformedFile, MissingInput
 
 
 @pytest.fixture
@@ -102,27 +101,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(MalformedFile, match="not a kind of weights file known here"):
         open_checkpoint(str(tmp_path / "x.npz"))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config", "message"),
-    [
-        (
-            {"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q.weight_scale_inv": torch.ones(1)},
-            {},
-            "q.weight_scale_inv",
-        ),
-        ({"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, {}, "'q.weight' (F8_E4M3)"),
-        ({"q.qweight": torch.ones(2, 2).int()}, {"quantization_config": {"quant_method": "gptq"}}, "quantized (gptq)"),
-        ({"q.weight": torch.ones(2)}, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    ],
-)
-def test_packed_weights_are_refused_by_name(tmp_path, tensors, config, message):
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QuantizedInput) as caught:
-        refuse_quantized(open_checkpoint(str(tmp_path)))
-    assert message in str(caught.value)
 
 
 def test_code_belongs_to_a_model_that_says_so(sharded):

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
+from quantized_models import write_quantized
 from safetensors.torch import load_file, save_file
 from tiny_models import llama, saved
 
 from wtool.cli import run
+from wtool.formats import Scheme
+from wtool.grid import Grid
 from wtool.shards import json_bytes
 
 
@@ -112,12 +115,30 @@ def test_an_adapter_changes_no_figure(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_quantized_checkpoint_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 48, dtype=torch.int32)}
     save_file(packed, tmp_path / "model.safetensors")
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
     (tmp_path / "config.json").write_bytes(json_bytes(config))
-    assert inspected(capsys, str(tmp_path))["quantization"] == {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    found = inspected(capsys, str(tmp_path))
+    assert found["quantization"] == {"quant_method": "awq", "bits": 4, "group_size": 128}
+    assert found["decoded_from"] is None
     assert run(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "quant_method gptq, bits 4, group_size 128" in shown and "stored values" in shown
+    assert "quant_method awq, bits 4, group_size 128" in shown and "stored values" in shown
+
+
+def test_a_quantized_checkpoint_that_is_decoded_is_shown_as_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = llama(hidden_size=64, intermediate_size=128).bfloat16()
+    saved(model, tmp_path / "model", with_tokenizer=False)
+    write_quantized(tmp_path / "model", tmp_path / "packed", "gptq", lambda layer: Scheme(Grid(4, 64)), "BF16")
+    found, plain = (inspected(capsys, str(tmp_path / name)) for name in ("packed", "model"))
+    for key in ("parameters", "bytes", "tensors", "config", "quantization"):
+        assert found[key] == plain[key]
+    assert found["bytes_on_disk"] < 0.6 * plain["bytes_on_disk"]
+    assert found["decoded_from"] == "gptq 4 bits, groups of 64, symmetric"
+    assert run(["inspect", str(tmp_path / "packed")]) == 0
+    shown = capsys.readouterr().out
+    assert "gptq 4 bits, groups of 64, symmetric" in shown and "unpacked" in shown and "on disk" in shown
 
 
 def test_a_remote_model_is_not_downloaded(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

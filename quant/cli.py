@@ -1,0 +1,256 @@
+"""`wtool quantize`: options or a YAML file -> recipe -> plan -> run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wtool import options
+from wtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from wtool.executors.local import Outcome
+
+    from .planner import QuantPlan
+    from .recipe import QuantRecipe
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+EPILOG = """\
+Methods: gptq (calibrated), rtn (rounding alone; needs no text and no model).
+Calibration: text files, JSONL (text, messages or input_ids), datasets of the Hub; without --calib the text that
+Python carries. --ignore and --layer-bits take a part of a module's name, or a regular expression after "re:".
+A stopped quantization goes on where it was when the same command is run again."""
+
+
+@app.command(epilog=EPILOG)
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint to quantize, or a recipe file (YAML)")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="gptq or rtn [default: gptq]")] = None,
+    bits: Annotated[int | None, typer.Option("--bits", "-b", help="2, 3, 4, 5, 6 or 8 [default: 4]")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", "-g", help="inputs that share a scale; -1: a row [default: 128]")
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points [default: symmetric]")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="compressed-tensors, gptq, gptq_v2 [default: the first]")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="refuse what transformers, vllm, gptqmodel or autogptq cannot load")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="devices that the target splits layers over")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="modules to leave as they are")] = None,
+    layer_bits: Annotated[list[str] | None, typer.Option(metavar="FILTER=BITS", help="other bits for some")] = None,
+    calib: options.Calib = None,
+    samples: options.Samples = None,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = None,
+    text_column: options.TextColumn = None,
+    split: options.Split = None,
+    stats: Annotated[str | None, typer.Option(help="folder of `wtool calibrate`, in the place of text")] = None,
+    damping: Annotated[float | None, typer.Option(help="share of the mean diagonal to add [default: 0.01]")] = None,
+    act_order: Annotated[
+        bool | None, typer.Option(help="columns in the order of their activations [default: yes]")
+    ] = None,
+    static_groups: Annotated[
+        bool | None, typer.Option(help="scales from the weights as they were [default: yes]")
+    ] = None,
+    clip: Annotated[bool | None, typer.Option(help="search how much of each range to cover [default: yes]")] = None,
+    sequential: Annotated[
+        bool | None, typer.Option(help="fit each linear to what the quantized ones before it feed it [default: yes]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="type of what is not quantized [default: the model's]")] = None,
+    device: options.Device = "auto",
+    compute_dtype: options.ComputeDtype = "auto",
+    activations: options.Activations = "device",
+    batch_tokens: options.BatchTokens = 4096,
+    shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
+    force: options.Force = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the plan and every problem; read no weights")
+    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Quantize a checkpoint, streamed block by block."""
+    if output is None and not dry_run:
+        raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
+    place = options.activations_place(activations)
+    calibration = {"data": calib or None, "samples": samples, "seqlen": seqlen, "seed": seed}
+    calibration |= {"text_column": text_column, "split": split}
+    flags: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "format": format,
+        "target": target,
+        "tensor_parallel": tensor_parallel,
+        "ignore": ignore or None,
+        "overrides": [_override(text) for text in layer_bits or []] or None,
+        "calibration": _given(calibration) or None,
+        "statistics": stats,
+        "damping": damping,
+        "act_order": act_order,
+        "static_groups": static_groups,
+        "clip": clip,
+        "way": None if sequential is None else "sequential" if sequential else "one-pass",
+        "dtype": dtype,
+    }
+    from wtool.console import parse_size
+
+    from .planner import plan_quantize
+
+    recipe = _recipe(model, _given(flags))
+    plan = plan_quantize(recipe, headers_only=dry_run, max_shard_bytes=parse_size(shard_size))
+    if dry_run:
+        raise typer.Exit(_show(recipe, plan, as_json))
+    assert output is not None
+    from wtool.dtypes import parse_float_dtype
+    from wtool.loading import pick_device
+
+    from .run import Where
+
+    where = Where(
+        device=pick_device(device),
+        dtype=None if compute_dtype == "auto" else parse_float_dtype(compute_dtype),
+        activations=place,
+        batch_tokens=batch_tokens,
+        trust_remote_code=trust_remote_code,
+    )
+    _run(recipe, plan, output, where, force, as_json, quiet)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _override(text: str) -> dict[str, Any]:
+    name, _, number = text.rpartition("=")
+    if not name or not number.isdigit():
+        raise UsageError(f"--layer-bits '{text}': write FILTER=BITS, e.g. down_proj=8")
+    return {"filter": name, "bits": int(number)}
+
+
+def _recipe(model: str, flags: dict[str, Any]) -> "QuantRecipe":
+    from .recipe import parse_recipe, read_recipe
+
+    if model.endswith((".yml", ".yaml")):
+        if flags:
+            raise UsageError(
+                f"{model}: a recipe file tells everything; '{next(iter(flags))}' cannot be given beside it"
+            )
+        return read_recipe(Path(model))
+    return parse_recipe({"model": model, **flags}, "command line")
+
+
+def _show(recipe: "QuantRecipe", plan: "QuantPlan", as_json: bool) -> int:
+    """Print a plan; the exit code tells whether it can be carried out."""
+    from collections import Counter
+
+    from wtool.console import emit, emit_json, human_bytes
+
+    summary = plan.plan.about["summary"]
+    if as_json:
+        told = plan.plan.summary(1)
+        emit_json({**told, **summary, "left": dict(plan.left)})
+        return 3 if plan.plan.problems else 0
+    emit(
+        f"{recipe.model}: {summary['layers']} linear layers of {summary['weights']:,} weights to "
+        f"{summary['bits_per_weight']:.2f} bits each with scales, by {recipe.method}, as {recipe.format}; "
+        f"{human_bytes(summary['bytes_before'])} become {human_bytes(summary['bytes_after'])}"
+    )
+    for scheme, count in Counter(str(layer.scheme) for layer in plan.layers.values()).items():
+        emit(f"  {count} layers: {scheme}")
+    for reason, count in Counter(plan.left.values()).items():
+        first = next(name for name, why in plan.left.items() if why == reason)
+        emit(f"  as it is: {count} ({reason}), the first is '{first}'")
+    for warning in plan.plan.warnings:
+        emit(f"warning: {warning}")
+    for problem in plan.plan.problems:
+        emit(f"problem: {problem}")
+    emit("this plan cannot be carried out" if plan.plan.problems else "no problem found")
+    return 3 if plan.plan.problems else 0
+
+
+def _run(
+    recipe: "QuantRecipe", plan: "QuantPlan", output: Path, where: Any, force: bool, as_json: bool, quiet: bool
+) -> None:
+    import time
+    from contextlib import ExitStack
+
+    from wtool import console
+
+    from .run import calibration, run_quantization
+
+    plan.plan.check()
+    begin = time.perf_counter()
+    windows = calibration(recipe, plan, trust_remote_code=where.trust_remote_code)
+    for warning in plan.plan.warnings:
+        console.warn(warning)
+    if windows:
+        options.tell(windows, quiet)
+    with ExitStack() as stack:
+
+        def start(steps: int) -> Any:
+            unit = "batches" if windows else "bytes"
+            return stack.enter_context(console.progress("quantizing", steps, quiet=quiet, unit=unit))
+
+        outcome = run_quantization(recipe, plan, output, windows=windows, where=where, force=force, start=start)
+    _tell(plan, output, outcome, time.perf_counter() - begin, as_json)
+
+
+def _tell(plan: "QuantPlan", output: Path, outcome: "Outcome", seconds: float, as_json: bool) -> None:
+    import json
+
+    from wtool.console import emit, emit_json, human_bytes
+    from wtool.writer import MANIFEST
+
+    summary = plan.plan.about["summary"]
+    report = json.loads((output / MANIFEST).read_bytes()).get("report", {})
+    fallbacks = {name: entry["fallback"] for name, entry in report.items() if "fallback" in entry}
+    if as_json:
+        emit_json(
+            {
+                "output": str(output),
+                "already_there": outcome.already_there,
+                "resumed_bytes": outcome.resumed_bytes,
+                **summary,
+                "fallbacks": fallbacks,
+                "report": report,
+                "seconds": round(seconds, 3),
+                "warnings": list(plan.plan.warnings),
+            }
+        )
+        return
+    if outcome.already_there:
+        emit(f"{output}: there already, made by this recipe from these inputs; nothing to do (--force makes it anew)")
+        return
+    resumed = f", {human_bytes(outcome.resumed_bytes)} of it from the run before" if outcome.resumed_bytes else ""
+    sizes = f"{human_bytes(summary['bytes_before'])} became {human_bytes(summary['bytes_after'])}"
+    emit(
+        f"{output}: {summary['layers']} linear layers to {summary['bits_per_weight']:.2f} bits, "
+        f"{sizes} in {seconds:.1f} s{resumed}"
+    )
+    _worst(report)
+    for name, reason in fallbacks.items():
+        emit(f"rounded only: {name}: {reason}")
+
+
+def _worst(report: dict[str, Any]) -> None:
+    """The layers whose outputs moved most."""
+    from wtool.console import table
+
+    known = {name: entry for name, entry in report.items() if entry.get("output_error") is not None}
+    if not known:
+        return
+    worst = sorted(known, key=lambda name: -known[name]["output_error"])[:5]
+    rows = [
+        [name, *(f"{known[name][key]:.4f}" for key in ("output_error", "rtn_output_error", "weight_error"))]
+        for name in worst
+    ]
+    table("the layers whose outputs changed most", ["layer", "output error", "by rounding", "weight error"], rows)

@@ -1,0 +1,1 @@
+"""Loops that are too slow as single operations on a GPU, in Triton."""

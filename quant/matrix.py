@@ -1,0 +1,85 @@
+"""One matrix: quantized as a recipe asks, and what the report tells of it. No names here, and no files."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wtool.dtypes import torch_dtype
+from wtool.grid import Clip, Quantized
+from wtool.statistics import relative_errors
+
+from .gptq import Outcome, gptq
+from .recipe import QuantRecipe
+from .rtn import rtn
+
+if TYPE_CHECKING:
+    from .planner import Layer
+
+CLIP = Clip()
+FEWEST_TOKENS = 32  # a matrix that saw fewer is rounded, and the report says so
+
+
+def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: QuantRecipe) -> Outcome:
+    """Quantize weights [out, in] that share an input, by GPTQ where enough tokens came to them."""
+    if tokens < FEWEST_TOKENS:
+        return Outcome(rounded(weight, layer, recipe), None, f"only {tokens} tokens came to it", 0)
+    return gptq(
+        weight,
+        gram,
+        layer.scheme.grid,
+        scale_dtype=torch_dtype(layer.scale_dtype),
+        damping=recipe.damping,
+        act_order=recipe.act_order,
+        static_groups=recipe.static_groups,
+        clip=_clip(recipe),
+    )
+
+
+def rounded(weight: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
+    """Weights [out, in] by rounding alone."""
+    return rtn(weight, layer.scheme.grid, scale_dtype=torch_dtype(layer.scale_dtype), clip=_clip(recipe))
+
+
+def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
+    """A quantized matrix as matrices of some rows each."""
+    zeros = [None] * len(rows) if quantized.zeros is None else quantized.zeros.split(list(rows))
+    parts = zip(quantized.codes.split(list(rows)), quantized.scales.split(list(rows)), zeros, strict=True)
+    return [Quantized(codes, scales, zero, quantized.group_index) for codes, scales, zero in parts]
+
+
+def explain(
+    weight: Tensor,
+    value: Tensor,
+    gram: Tensor | None,
+    outcome: Outcome,
+    layer: "Layer",
+    tokens: int,
+    dropped: int,
+) -> dict[str, Any]:
+    """What the report tells of a linear.
+
+    weight, value: before and after, [out, in]
+    gram: of its input; None where nothing is known of it
+    """
+    grid = layer.scheme.grid
+    told: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "tokens": tokens}
+    if gram is None:
+        norm = torch.linalg.vector_norm
+        told["weight_error"] = round(float(norm(weight.float() - value) / norm(weight.float()).clamp(min=1e-30)), 6)
+    else:
+        simple = rtn(weight, grid, scale_dtype=torch_dtype(layer.scale_dtype)).values()
+        after, before = relative_errors(weight, gram, [value, simple])
+        told |= {
+            "weight_error": round(after.weight, 6),
+            "output_error": round(after.output, 6),
+            "rtn_output_error": round(before.output, 6),
+        }
+    told |= {"damping": outcome.damping, "dead_inputs": outcome.dead}
+    told |= {"dropped_tokens": dropped} if dropped else {}
+    return told | ({"fallback": outcome.fallback} if outcome.fallback else {})
+
+
+def _clip(recipe: QuantRecipe) -> Clip | None:
+    return CLIP if recipe.clip else None

@@ -1,0 +1,238 @@
+"""From a recipe to a plan: which tensors become codes on which grid, which stay, and every problem there is.
+
+This is the only place in the room that knows names. It works from headers, so it takes as long for a model on the Hub
+that nobody has downloaded as for one on disk.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wtool.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from wtool.checkpoint.tied import head_name
+from wtool.dtypes import FLOATS, config_name, parse_float_dtype, torch_dtype
+from wtool.errors import UsageError
+from wtool.formats import FORMATS, Format, Scheme
+from wtool.linear_names import LinearLayer, linear_layers
+from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
+from wtool.shards import json_bytes
+from wtool.statistics_folder import Input, Statistics, check_model, open_statistics
+
+from .card import model_card
+from .gptq import Outcome
+from .matrix import explain, quantize, rounded, split
+from .recipe import QuantRecipe
+from .targets import problems as target_problems
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer and how it will be stored."""
+
+    linear: LinearLayer
+    scheme: Scheme
+    format: Format
+    scale_dtype: str  # safetensors name
+
+    @property
+    def outputs(self) -> dict[str, TensorInfo]:
+        """The tensors in the place of its weight."""
+        infos = self.format.layout(self.linear.shape, self.scheme, self.scale_dtype)
+        return {f"{self.linear.module}.{suffix}": info for suffix, info in infos.items()}
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What will happen."""
+
+    plan: Plan
+    layers: Mapping[str, Layer]  # by their tensor's name
+    left: Mapping[str, str]  # matrices that stay as they are, and why
+
+
+def plan_quantize(
+    recipe: QuantRecipe, *, headers_only: bool = False, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> QuantPlan:
+    """Make the plan of a quantization.
+
+    headers_only: a model on the Hub is not downloaded; the plan can be shown and not run
+
+    raises: UsageError, InputError where there is nothing to plan on; else `Plan.problems` tells
+    """
+    source = open_checkpoint(recipe.model, headers_only=headers_only)
+    found, left = linear_layers(source)
+    layers, ignored = _layers(recipe, source, found)
+    if not layers:
+        raise UsageError(f"{source.label}: no linear layer is left to quantize ({len(left)} matrices are none)")
+    left = {**left, **ignored}
+    settings = FORMATS[recipe.format].settings(
+        {layer.linear.module: layer.scheme for layer in layers.values()}, _plain_modules(source, left)
+    )
+    statistics = None if recipe.statistics is None else open_statistics(Path(recipe.statistics))
+    if statistics is not None:
+        check_model(statistics, source)
+    steps = _steps(recipe, source, layers, statistics)
+    problems = [f"'{tensor}': {reason}" for tensor, reason in _unfit(layers)]
+    problems += target_problems(recipe, {layer.linear.module: layer for layer in layers.values()})
+    record = recipe.model_dump(mode="json", exclude_none=True)
+    files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}
+    files["README.md"] = model_card(record, source, [layer.scheme for layer in layers.values()]).encode()
+    files |= {name: json_bytes(content) for name, content in FORMATS[recipe.format].files(settings).items()}
+    if source.config:
+        files["config.json"] = json_bytes(_config(source, settings, steps))
+    plan = Plan(
+        sources=(source,) if statistics is None else (source, statistics.matrices),
+        steps=tuple(steps),
+        files=files,
+        recipe={"quantize": record},
+        problems=problems,
+        warnings=_warnings(recipe, source),
+        about={"left": left, "summary": _summary(source, steps, layers)},
+        max_shard_bytes=max_shard_bytes,
+    )
+    return QuantPlan(plan, layers, left)
+
+
+def _layers(
+    recipe: QuantRecipe, source: Checkpoint, found: Mapping[str, LinearLayer]
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers to quantize, and the ones the user wants as they are."""
+    form = FORMATS[recipe.format]
+    layers: dict[str, Layer] = {}
+    ignored: dict[str, str] = {}
+    for name, linear in found.items():
+        grid = recipe.grid_of(linear.module)
+        if grid is None:
+            ignored[name] = "ignored, as asked"
+        else:
+            scale_dtype = form.scale_dtype(_dtype(recipe, source.tensors[name]))
+            layers[name] = Layer(linear, Scheme(grid, recipe.ordered), form, scale_dtype)
+    return layers, ignored
+
+
+def _plain_modules(source: Checkpoint, left: Mapping[str, str]) -> list[str]:
+    """The linear modules that stay as they are; the head is one even where it is the embedding again."""
+    head = head_name(source.tensors) or "lm_head.weight"
+    names = dict.fromkeys([head, *(name for name in left if "embed" not in name)])
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+
+def _steps(
+    recipe: QuantRecipe, source: Checkpoint, layers: Mapping[str, Layer], statistics: Statistics | None
+) -> list[Step]:
+    steps: list[Step] = []
+    done: set[str] = set()
+    for name, info in source.tensors.items():
+        layer = layers.get(name)
+        if layer is None:
+            info = TensorInfo(_dtype(recipe, info), info.shape)
+            steps.append(Step(((0, name),), {name: info}, partial(_as_stored, dtype=torch_dtype(info.dtype))))
+        elif name not in done:
+            together = _together(name, layers, statistics)
+            done.update(each.linear.tensor for each in together)
+            steps.append(_layer_step(recipe, together, statistics))
+    return steps
+
+
+def _together(name: str, layers: Mapping[str, Layer], statistics: Statistics | None) -> list[Layer]:
+    """The layers that are quantized in one step: those that share an input and are stored alike."""
+    layer = layers[name]
+    if statistics is None or name not in statistics.inputs:
+        return [layer]
+    alike = [layers[other] for other in statistics.inputs[name].linears if other in layers]
+    return [each for each in alike if (each.scheme, each.scale_dtype) == (layer.scheme, layer.scale_dtype)]
+
+
+def _layer_step(recipe: QuantRecipe, layers: Sequence[Layer], statistics: Statistics | None) -> Step:
+    reads = tuple((0, layer.linear.tensor) for layer in layers)
+    outputs = {name: info for layer in layers for name, info in layer.outputs.items()}
+    if recipe.method == "rtn":
+        return Step(reads, outputs, partial(_rounded, recipe=recipe, layer=layers[0], why=None))
+    if statistics is None:
+        return Step(reads, outputs, None)
+    met = statistics.inputs.get(layers[0].linear.tensor)
+    if met is None:
+        why = "the statistics tell nothing of its input"
+        return Step(reads, outputs, partial(_rounded, recipe=recipe, layer=layers[0], why=why))
+    function = partial(_from_statistics, recipe=recipe, layers=tuple(layers), met=met)
+    return Step((*reads, (1, met.linears[0])), outputs, function)
+
+
+def _dtype(recipe: QuantRecipe, info: TensorInfo) -> str:
+    """The type that a tensor, or the scales of one, will have."""
+    return parse_float_dtype(recipe.dtype) if recipe.dtype and info.dtype in FLOATS else info.dtype
+
+
+def _as_stored(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
+
+
+def _rounded(weight: Tensor, *, recipe: QuantRecipe, layer: Layer, why: str | None) -> Told:
+    weight = weight.T if layer.linear.transposed else weight
+    quantized = rounded(weight, layer, recipe)
+    report = explain(weight, quantized.values(), None, Outcome(quantized, None, why, 0), layer, 0, 0)
+    tensors = layer.format.encode(quantized, layer.scheme)
+    return Told(tuple(tensors.values()), {layer.linear.module: report})
+
+
+def _from_statistics(*tensors: Tensor, recipe: QuantRecipe, layers: Sequence[Layer], met: Input) -> Told:
+    *stored, gram = tensors
+    weights = [weight.T if layer.linear.transposed else weight for weight, layer in zip(stored, layers, strict=True)]
+    outcome = quantize(torch.cat(weights), gram, met.tokens, layers[0], recipe)
+    pieces = split(outcome.quantized, [len(weight) for weight in weights])
+    made: list[Tensor] = []
+    report: dict[str, Any] = {}
+    for weight, layer, quantized in zip(weights, layers, pieces, strict=True):
+        made += layer.format.encode(quantized, layer.scheme).values()
+        told = explain(weight, quantized.values(), gram, outcome, layer, met.tokens, met.dropped)
+        report[layer.linear.module] = told
+    return Told(tuple(made), report)
+
+
+def _unfit(layers: Mapping[str, Layer]) -> list[tuple[str, str]]:
+    found = [(name, layer.format.unfit(layer.linear.shape, layer.scheme)) for name, layer in layers.items()]
+    return [(name, reason) for name, reason in found if reason]
+
+
+def _config(source: Checkpoint, settings: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+    config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
+    floats: dict[str, int] = {}
+    for step in steps:
+        for info in step.outputs.values():
+            if info.dtype in FLOATS:
+                floats[info.dtype] = floats.get(info.dtype, 0) + info.nbytes
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = config_name(max(floats, key=lambda k: floats[k]))
+    return {**config, "quantization_config": dict(settings)}
+
+
+def _warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:
+    warnings: list[str] = []
+    if source.quantization:
+        warnings.append(f"{source.label} is quantized already ({source.quantization}); what it lost stays lost")
+    if any(entry.filter and not _used(entry.filter, source) for entry in recipe.overrides):
+        unused = next(entry.filter for entry in recipe.overrides if not _used(entry.filter, source))
+        warnings.append(f"no linear layer fits '{unused}'")
+    return warnings
+
+
+def _used(entry: str, source: Checkpoint) -> bool:
+    from .recipe import fits
+
+    return any(fits(entry, name.removesuffix(".weight")) for name in source.tensors)
+
+
+def _summary(source: Checkpoint, steps: Sequence[Step], layers: Mapping[str, Layer]) -> dict[str, Any]:
+    weights = sum(layer.linear.shape[0] * layer.linear.shape[1] for layer in layers.values())
+    packed = sum(info.nbytes for layer in layers.values() for info in layer.outputs.values())
+    return {
+        "bytes_before": source.nbytes,
+        "bytes_after": sum(info.nbytes for step in steps for info in step.outputs.values()),
+        "layers": len(layers),
+        "weights": weights,
+        "bits_per_weight": round(packed * 8 / weights, 4),
+    }

@@ -1,0 +1,118 @@
+"""One sweep over the columns of a weight: each is rounded, and the columns after it make up for its error.
+
+Matrices lie transposed here, several of one shape in a stack: [n, in, out], so that a column is contiguous.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wtool.grid import Grid
+
+_COLUMNS = 16  # whose effect on one another is computed one by one
+_COLUMNS_GPU = 128  # the same of the kernel
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales and zeros of a stack, and whose they are."""
+
+    scales: Tensor  # float32 [n, groups, out]
+    zeros: Tensor | None  # the same; None where the grid is symmetric
+    group_index: Tensor  # int64 [n, in]
+
+    def of(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of columns, float32 [n, columns, out]."""
+        n, groups, out = self.scales.shape
+        first = torch.arange(n, device=self.scales.device)[:, None] * groups
+        index = (self.group_index[:, begin:end] + first).reshape(-1)
+        scales = self.scales.reshape(-1, out).index_select(0, index).reshape(n, -1, out)
+        if self.zeros is None:
+            return scales, None
+        return scales, self.zeros.reshape(-1, out).index_select(0, index).reshape(n, -1, out)
+
+
+def sweep(
+    values: Tensor,
+    base: Tensor,
+    coupling: Tensor,
+    scales: Scales,
+    grid: Grid,
+    *,
+    before_group: Callable[[int, slice], None] | None = None,
+) -> None:
+    """Round columns in place, from the first to the last.
+
+    values:       float32 [n, in, out], what to round; becomes the codes
+    base:         float32 [n, in, out]; becomes base minus the rounded values
+    coupling:     float32 [n, in, in]; base minus rounded value of column i, times coupling[i, j], is added to the
+                  value of each column j > i; what is not above the diagonal is not used
+    before_group: called with index and columns of each group of neighbours once all columns before it are rounded
+                  and their effect on its values is added; it may set the group's scales and zeros
+    """
+    columns = values.shape[1]
+    width = grid.width(columns) if before_group else columns
+    kernel = _kernel() if values.is_cuda else None
+    few = min(_COLUMNS_GPU if kernel else _COLUMNS, width)
+
+    def halves(begin: int, end: int) -> None:
+        if before_group and begin % width == 0 and end == min(begin + width, columns):
+            before_group(begin // width, slice(begin, end))
+        if end - begin <= few:
+            part = slice(begin, end)
+            round_columns(values[:, part], base[:, part], coupling[:, part, part], *scales.of(begin, end), grid, kernel)
+            return
+        unit = width if end - begin > width else few
+        middle = begin + -(-(end - begin) // unit) // 2 * unit
+        halves(begin, middle)
+        values[:, middle:end].baddbmm_(coupling[:, begin:middle, middle:end].mT, base[:, begin:middle])
+        halves(middle, end)
+
+    halves(0, columns)
+
+
+def _kernel() -> Callable[..., None] | None:
+    """The loop for the GPU; None where triton is not installed, and the columns go one by one there too."""
+    try:
+        from .kernels.gptq_block import round_block
+    except ImportError:
+        return None
+    return round_block
+
+
+def round_columns(
+    values: Tensor,
+    base: Tensor,
+    coupling: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    grid: Grid,
+    kernel: Callable[..., None] | None = None,
+) -> None:
+    """The sweep over a few columns, with scales and zeros of each, float32 [n, columns, out]."""
+    if zeros is not None:
+        base.addcmul_(zeros, scales)
+    if kernel:
+        kernel(values, base, coupling, scales, zeros, grid.lowest, grid.highest)
+        return
+    for i in range(len(values)):
+        _round_columns(values[i], base[i], coupling[i], scales[i], None if zeros is None else zeros[i], grid)
+
+
+def _round_columns(
+    values: Tensor, base: Tensor, coupling: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid
+) -> None:
+    # as few operations a column as can be: on columns that fit the cache, calling them takes longer than what they do
+    lowest, highest = float(grid.lowest), float(grid.highest)
+    errors, factors = base.t(), coupling.triu(1).t().contiguous()  # 0 for itself and what comes after it
+    columns = zip(values.unbind(), base.unbind(), scales.unbind(), factors.unbind(), strict=True)
+    for i, (value, rest, scale, factor) in enumerate(columns):
+        value.addmv_(errors, factor)
+        if zeros is None:
+            value.div_(scale)
+        else:
+            torch.addcdiv(zeros[i], value, scale, out=value)
+        value.round_().clamp_(lowest, highest)
+        rest.addcmul_(value, scale, value=-1)

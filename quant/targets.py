@@ -1,0 +1,98 @@
+"""What a runtime cannot load, told before any work is done: the layer and the rule.
+
+The rules are those of transformers 5 with compressed-tensors 0.20, vLLM (0.19 and newer), GPTQModel 7.7 and
+AutoGPTQ 0.7.1.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from wtool.formats import Scheme
+from wtool.grid import Grid
+
+from .recipe import QuantRecipe
+
+if TYPE_CHECKING:
+    from .planner import Layer
+
+# Layers that runtimes compute as one, so that they must be stored alike.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
+
+
+def problems(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> list[str]:
+    """Tell what stands against the recipe's target, a line each; layers go by their modules' names."""
+    if recipe.target is None:
+        return []
+    form = "gptq" if recipe.format.startswith("gptq") else recipe.format
+    if form not in TAKES[recipe.target]:
+        return [f"{recipe.target} does not read {recipe.format} (it reads {', '.join(TAKES[recipe.target])})"]
+    found = [f"{recipe.target}: '{name}' {rule}" for name, rule in RULES[recipe.target](recipe, layers)]
+    return found
+
+
+def _vllm(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    parallel = recipe.tensor_parallel
+    for name, layer in layers.items():
+        grid, inputs = layer.scheme.grid, layer.linear.shape[1]
+        if grid.bits not in (4, 8):
+            yield name, f"has {grid.bits} bits; it takes 4 and 8"
+        if recipe.format.startswith("gptq") and not grid.symmetric:
+            yield name, "is asymmetric; of GPTQ it takes symmetric grids (--format compressed-tensors takes both)"
+        if grid.group_size != -1 and inputs % (grid.group_size * parallel):
+            share = f" on each of {parallel} devices" if parallel > 1 else ""
+            yield name, f"has {inputs} inputs, which groups of {grid.group_size} do not divide{share}"
+    yield from _unlike(layers)
+
+
+def _transformers(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    if recipe.format.startswith("gptq"):  # it reads them through GPTQModel
+        yield from _gptqmodel(recipe, layers)
+
+
+def _gptqmodel(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    for name, layer in layers.items():
+        outputs, inputs = layer.linear.shape
+        if layer.scheme.grid.bits not in (2, 3, 4, 8):
+            yield name, f"has {layer.scheme.grid.bits} bits; it takes 2, 3, 4 and 8"
+        if outputs % 32 or inputs % 32:
+            yield name, f"is {outputs} x {inputs}; both must be multiples of 32"
+
+
+def _autogptq(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    yield from _gptqmodel(recipe, layers)
+    grids = {layer.scheme.grid for layer in layers.values()}
+    if len(grids) > 1:
+        name = next(name for name, layer in layers.items() if layer.scheme.grid != recipe.grid)
+        yield name, "has a grid of its own; it takes one grid for all layers"
+    if recipe.format == "gptq_v2":
+        yield next(iter(layers)), "is in version 2 of the format; it reads version 1 (--format gptq)"
+
+
+def _unlike(layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    """Layers that are computed as one and stored unlike."""
+    for name, layer in layers.items():
+        for alike in FUSED:
+            if name.rpartition(".")[2] == alike[0]:
+                for other in alike[1:]:
+                    partner = re.sub(rf"{alike[0]}$", other, name)
+                    if _scheme(layers, partner) != layer.scheme:
+                        yield name, f"and '{partner}' are computed as one, but are not stored alike"
+
+
+def _scheme(layers: "Mapping[str, Layer]", name: str) -> Scheme | Grid | None:
+    return layers[name].scheme if name in layers else None
+
+
+TAKES = {
+    "transformers": ("compressed-tensors", "gptq"),
+    "vllm": ("compressed-tensors", "gptq"),
+    "gptqmodel": ("gptq",),
+    "autogptq": ("gptq",),
+}
+RULES: dict[str, Any] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "gptqmodel": _gptqmodel,
+    "autogptq": _autogptq,
+}

@@ -1,0 +1,183 @@
+import math
+
+import pytest
+import quantization_definitions as definition
+import torch
+
+from wtool.errors import RuntimeProblem
+from wtool.statistics import Gram, factor, relative_errors
+
+
+def mean_of_products(rows):
+    columns = range(len(rows[0]))
+    return [[math.fsum(row[i] * row[j] for row in rows) / len(rows) for j in columns] for i in columns]
+
+
+def gathered(batches, features, masks=None):
+    gram = Gram(features)
+    for batch, mask in zip(batches, masks or [None] * len(batches), strict=True):
+        gram.add(batch, mask)
+    return gram
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("features", [1, 5, 70])
+def test_gram_by_definition(features, dtype):
+    generator = torch.Generator().manual_seed(features)
+    batches = [torch.randn(2, tokens, features, generator=generator).to(dtype) for tokens in (1, 6, 3)]
+    gram = gathered(batches, features)
+    rows = [row for batch in batches for row in definition.lists(batch.reshape(-1, features))]
+    expected = torch.tensor(mean_of_products(rows), dtype=torch.float64)
+    assert (gram.tokens, gram.dropped) == (20, 0)
+    found = gram.finish()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", [64, 100, 257, 300])  # stripes that do and don't divide
+def test_gram_is_symmetric_to_the_bit(features):
+    found = gathered([torch.randn(50, features)], features).finish()
+    assert torch.equal(found, found.t())
+
+
+def test_tokens_that_are_masked_or_not_finite_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 4, 8, generator=generator)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 1:] = False
+    bad = inputs.clone()
+    bad[0, 2] = math.nan  # masked anyway
+    bad[1, 0, 3], bad[2, 3, 7] = math.nan, -math.inf
+    gram = gathered([bad], 8, [mask])
+    keep = mask.clone()
+    keep[1, 0] = keep[2, 3] = False
+    assert (gram.tokens, gram.dropped) == (7, 2)
+    torch.testing.assert_close(gram.finish(), gathered([inputs[keep]], 8).finish())
+    assert bad[1, 0, 3].isnan()  # its inputs are left alone
+
+
+def test_no_token_gives_zeros():
+    for gram in (Gram(4), gathered([torch.randn(2, 4)], 4, [torch.zeros(2, dtype=torch.bool)])):
+        assert gram.tokens == 0
+        assert not gram.finish().any()
+
+
+def test_products_of_16_bit_floats_are_summed_up_in_32():
+    # 4096 ones: in bfloat16 a sum of ones ends at 256
+    gram = gathered([torch.ones(4096, 2, dtype=torch.bfloat16)] * 2, 2)
+    assert gram.finish().tolist() == [[1, 1], [1, 1]]
+
+
+def positive(features, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(features)
+    inputs = torch.randn(3 * features, features, dtype=torch.float64, generator=generator)
+    inputs *= torch.exp(torch.randn(features, generator=generator))
+    return (inputs.T @ inputs / len(inputs)).to(dtype)
+
+
+@pytest.mark.parametrize("features", [1, 3, 40, 300])  # one block and several
+@pytest.mark.parametrize("permuted", [True, False])
+def test_factor_is_the_matrix_and_its_inverse_the_papers(features, permuted):
+    gram = positive(features)
+    order = torch.randperm(features) if permuted else None
+    found = factor(gram, damping=0.01, permutation=order)
+    assert found is not None and found.damping == 0.01 and not found.dead.any()
+    asked = gram + 0.01 * gram.diagonal().mean() * torch.eye(features, dtype=torch.float64)
+    asked = asked if order is None else asked[order][:, order]
+    torch.testing.assert_close((found.upper * found.pivots) @ found.upper.T, asked)
+    assert torch.equal(found.upper, found.upper.triu()) and torch.equal(
+        found.upper.diagonal(), torch.ones(features).double()
+    )
+    # GPTQ's algorithm 1 takes the upper Cholesky factor of the inverse
+    papers = torch.linalg.cholesky(torch.linalg.inv(asked), upper=True)
+    torch.testing.assert_close(torch.linalg.inv(found.upper * found.pivots.sqrt()), papers, rtol=1e-8, atol=1e-10)
+
+
+def test_factor_in_float32_is_near_that_in_float64():
+    gram = positive(500)
+    exact, found = factor(gram, damping=0.01), factor(gram.float(), damping=0.01)
+    assert exact is not None and found is not None
+    torch.testing.assert_close(found.upper.double(), exact.upper, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.pivots.double(), exact.pivots, rtol=1e-4, atol=0)
+
+
+def test_an_input_that_is_always_zero_is_alone_in_the_factor():
+    gram = positive(6)
+    gram[2] = gram[:, 2] = 0
+    found = factor(gram, damping=0.5)
+    assert found is not None and found.dead.tolist() == [False, False, True, False, False, False]
+    expected = definition.damped(definition.lists(gram), 0.5)
+    torch.testing.assert_close((found.upper * found.pivots) @ found.upper.T, torch.tensor(expected).double())
+    assert found.upper[2].tolist() == [0, 0, 1, 0, 0, 0] and found.upper[:, 2].tolist() == [0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("least", "damping", "used"),
+    [
+        (-0.05, 0.01, 0.1),
+        (-0.5, 0.01, 1.0),
+        (-0.05, 0.02, 0.2),
+        (-0.0005, 0.0, 0.001),
+        (-0.9, 0.3, 1.0),
+        (-2.0, 0.01, None),
+    ],
+)
+def test_damping_grows_tenfold_to_one(least, damping, used):
+    # a matrix with this least eigenvalue, as a share of its diagonal's mean
+    size = 8
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    values = torch.ones(size, dtype=torch.float64)
+    values[0] = least
+    values[1:] = (size - least) / (size - 1)
+    gram = (basis * values) @ basis.T
+    assert abs(gram.diagonal().mean().item() - 1) < 1e-9
+    found = factor(gram, damping=damping)
+    assert (found and found.damping) == (used and pytest.approx(used))
+
+
+def test_more_inputs_than_tokens_can_be_factored():
+    inputs = torch.randn(10, 400, generator=torch.Generator().manual_seed(0))
+    found = factor(inputs.T @ inputs / 10, damping=0.01)
+    assert found is not None and found.damping == 0.01 and found.upper.isfinite().all() and (found.pivots > 0).all()
+
+
+def test_a_sum_that_overflows_is_not_taken_for_a_bad_value():
+    gram = torch.full((3, 3), 3e38) + 0
+    gram -= torch.full((3, 3), 2e38) * (1 - torch.eye(3))
+    assert gram.isfinite().all() and not gram.sum().isfinite()
+    factor(gram, damping=0.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_matrix_that_is_not_finite_is_refused(bad):
+    gram = positive(5, torch.float32)
+    gram[3, 1] = bad
+    with pytest.raises(RuntimeProblem) as caught:
+        factor(gram, damping=0.01)
+    assert str(caught.value) == (
+        f"the Gram matrix has {bad} at row 3, column 1; "
+        "statistics must be finite: calibrate anew, in a wider float type if activations overflow"
+    )
+
+
+def test_nothing_it_gets_is_changed():
+    gram = positive(20, torch.float32)
+    before = gram.clone()
+    factor(gram, damping=0.01, permutation=torch.arange(20).flip(0))
+    assert torch.equal(gram, before)
+
+
+def test_relative_errors_are_those_of_the_tokens():
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight, other = (torch.randn(shape, generator=generator) for shape in ((50, 9), (4, 9), (4, 9)))
+    gram = inputs.T @ inputs / 50
+    found = relative_errors(
+        weight.bfloat16(), gram, [weight.bfloat16().float(), torch.zeros(4, 9), weight + 0.1 * other]
+    )
+    assert (found[0].weight, found[0].output) == (0, 0)
+    assert (found[1].weight, found[1].output) == pytest.approx((1, 1))
+    expected = ((weight.bfloat16() - weight - 0.1 * other) @ inputs.T).norm() / (
+        weight.bfloat16().float() @ inputs.T
+    ).norm()
+    assert found[2].output == pytest.approx(expected.item(), rel=1e-4)
+    assert relative_errors(torch.zeros(2, 9), gram, [torch.zeros(2, 9)])[0].output == 0

@@ -1,0 +1,46 @@
+"""Options that several verbs have, so that each is called and explained alike everywhere."""
+
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from wtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from wtool.calibrate import Place
+    from wtool.calibration_data import Windows
+
+Calib = Annotated[list[str] | None, typer.Option(help="calibration text: files, datasets of the Hub")]
+Samples = Annotated[int | None, typer.Option(min=1, help="calibration windows [default: 128]")]
+Seqlen = Annotated[int | None, typer.Option(min=2, help="tokens of a window [default: 2048]")]
+Seed = Annotated[int | None, typer.Option(help="of the choice of windows [default: 0]")]
+TextColumn = Annotated[str | None, typer.Option(help="the key or column of the text, where it is none of the usual")]
+Split = Annotated[str | None, typer.Option(help="of a dataset [default: train]")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+ComputeDtype = Annotated[str, typer.Option(help="type to run the model in; auto: the weights', on most CPUs float32")]
+Activations = Annotated[str, typer.Option(help="where they wait between blocks: device, cpu or disk")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="tokens run at a time")]
+Force = Annotated[bool, typer.Option("--force", help="replace the output if it is there")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no remarks")]
+
+
+def activations_place(text: str) -> "Place":
+    """Check where activations are to wait.
+
+    raises: UsageError
+    """
+    if text not in ("device", "cpu", "disk"):
+        raise UsageError(f"--activations '{text}': take device, cpu or disk")
+    return cast("Place", text)
+
+
+def tell(windows: "Windows", quiet: bool) -> None:
+    """Say on stderr what should be known of the calibration text."""
+    from wtool import console
+
+    for warning in windows.warnings:
+        console.warn(warning)
+    for remark in () if quiet else windows.remarks:
+        console.remark(remark)

@@ -1,0 +1,125 @@
+"""The figures of a manifest's report, whatever of them is there."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from statistics import median
+from typing import Any
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name that is a number
+_USUAL = "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj down_proj".split()  # as they are run
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What the report tells of a linear; None where it does not."""
+
+    module: str
+    weight_error: float | None  # ||quantized - original|| / ||original||, Frobenius
+    output_error: float | None  # the same of the layer's output on the calibration tokens
+    rtn_output_error: float | None  # what rounding to the nearest code would have made of it
+    damping: float | None
+    fallback: str | None
+    tokens: int | None
+    bits: int | None
+    group_size: int | None
+
+    @property
+    def error(self) -> float | None:
+        """Of the output where that is known, else of the weight."""
+        return self.weight_error if self.output_error is None else self.output_error
+
+    @property
+    def gain(self) -> float | None:
+        """The share of rounding's error that is gone, at most 1; negative where it has become more."""
+        if self.output_error is None or not self.rtn_output_error:
+            return None
+        return 1 - self.output_error / self.rtn_output_error
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that follow one another."""
+
+    name: str  # what stands before the block's number: "model.layers"
+    blocks: tuple[int, ...]
+    places: tuple[str, ...]  # of a linear in its block, other numbers (an expert's) as *
+    cells: Mapping[tuple[int, str], tuple[Linear, ...]]  # by block and place
+
+
+def linears(manifest: Mapping[str, Any]) -> list[Linear]:
+    """Every linear of the report."""
+    report = manifest.get("report")
+    found = report if isinstance(report, Mapping) else {}
+    return [_linear(str(module), entry) for module, entry in found.items() if isinstance(entry, Mapping)]
+
+
+def stacks(found: Sequence[Linear]) -> tuple[list[Stack], list[Linear]]:
+    """The linears by block and place, and those that are in no block."""
+    cells: dict[str, dict[tuple[int, str], list[Linear]]] = {}
+    outside: list[Linear] = []
+    for each in found:
+        if (number := _NUMBER.search(each.module)) is None:
+            outside.append(each)
+            continue
+        name = each.module[: number.start()].strip(".")
+        place = _NUMBER.sub("*", each.module[number.end() :].strip("."))
+        cells.setdefault(name, {}).setdefault((int(number[0]), place), []).append(each)
+    return [_stack(name, theirs) for name, theirs in sorted(cells.items())], outside
+
+
+def badness(each: Linear) -> float:
+    """The error, to sort by: one that is not finite is beyond all others, one that is not known below."""
+    if each.error is None:
+        return -1.0
+    return each.error if isfinite(each.error) else inf
+
+
+def worst(found: Sequence[Linear]) -> Linear:
+    """The linear of the largest error."""
+    return max(found, key=badness)
+
+
+def middle(values: Sequence[float | None]) -> float | None:
+    """The median of the values that are there."""
+    known = [value for value in values if value is not None and isfinite(value)]
+    return median(known) if known else None
+
+
+def _stack(name: str, cells: Mapping[tuple[int, str], list[Linear]]) -> Stack:
+    return Stack(
+        name,
+        blocks=tuple(sorted({block for block, _ in cells})),
+        places=tuple(sorted({place for _, place in cells}, key=_usual)),
+        cells={key: tuple(theirs) for key, theirs in cells.items()},
+    )
+
+
+def _usual(place: str) -> tuple[bool, str, int, str]:
+    """Attention first, and the parts of each module in the order in which most families run them."""
+    module, _, last = place.rpartition(".")
+    return "attn" not in place and "attention" not in place, module, _USUAL.index(last) if last in _USUAL else 99, last
+
+
+def _linear(module: str, entry: Mapping[str, Any]) -> Linear:
+    fallback = entry.get("fallback")
+    return Linear(
+        module,
+        weight_error=_number(entry.get("weight_error")),
+        output_error=_number(entry.get("output_error")),
+        rtn_output_error=_number(entry.get("rtn_output_error")),
+        damping=_number(entry.get("damping")),
+        fallback=None if fallback is None else str(fallback),
+        tokens=_whole(entry.get("tokens")),
+        bits=_whole(entry.get("bits")),
+        group_size=_whole(entry.get("group_size")),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

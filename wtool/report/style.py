@@ -1,0 +1,67 @@
+"""How a page looks: light and dark by what the reader's system says, from a phone to a wide screen."""
+
+# From a small error to a large one; the dark theme has them the other way round, so that large ones stand out in both.
+_RAMP = "#fbf5d3 #f8dc84 #f7b444 #f08a2c #dd5f3c #bd3c54 #8f2469 #5d1668 #2f0d4d".split()
+_LIGHT = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_RAMP))
+_DARK = "".join(f"--c{number}:{colour};" for number, colour in enumerate(reversed(_RAMP)))
+_FILLS = "".join(f".c{number}{{fill:var(--c{number});background:var(--c{number})}}" for number in range(len(_RAMP)))
+
+CSS = f"""
+:root{{color-scheme:light dark;--page:#fcfbf8;--card:#ffffff;--ink:#211f1c;--soft:#6a655e;--line:#e4e0d8;
+--bad:#c22f2f;--mark:#0a7ea4;{_LIGHT}}}
+@media (prefers-color-scheme:dark){{:root{{--page:#141317;--card:#1c1b20;--ink:#ece9e4;--soft:#a19c94;--line:#34323a;
+--bad:#ff8a80;--mark:#5fd4ff;{_DARK}}}}}
+*{{box-sizing:border-box}}
+body{{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
+-webkit-text-size-adjust:100%}}
+main{{max-width:1120px;margin:0 auto;padding:28px 20px 60px}}
+h1{{font-size:1.7rem;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}}
+h2{{font-size:1.1rem;margin:0 0 10px}}
+h3{{font-size:.9rem;margin:14px 0 6px;color:var(--soft);font-weight:600;overflow-wrap:anywhere}}
+p{{margin:0 0 12px}}
+.soft{{color:var(--soft)}}
+.small{{font-size:.86rem}}
+section{{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:18px;margin-top:18px;
+min-width:0}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:20px}}
+.tile{{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}}
+.tile b{{display:block;font-size:1.35rem;line-height:1.25;font-weight:650}}
+.tile span{{display:block;color:var(--soft);font-size:.84rem;line-height:1.35}}
+.pair{{display:grid;column-gap:18px;align-items:start}}
+details+details{{margin-top:6px}}
+.pair>div{{min-width:0}}
+@media (min-width:900px){{.pair{{grid-template-columns:minmax(0,5fr) minmax(0,6fr)}}}}
+.scroll{{overflow-x:auto}}
+table{{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}}
+th{{text-align:right;color:var(--soft);font-weight:500;vertical-align:bottom}}
+th,td{{padding:5px 10px 5px 0;border-bottom:1px solid var(--line)}}
+tr:last-child td,tr:last-child th[scope=row]{{border-bottom:0}}
+td{{text-align:right;white-space:nowrap}}
+th:last-child,td:last-child{{padding-right:0}}
+th:first-child,td:first-child,.text td{{text-align:left;white-space:normal;overflow-wrap:anywhere}}
+.text th{{text-align:left;white-space:nowrap;vertical-align:top;padding-right:18px}}
+td:first-child{{min-width:9em}}
+.text td:first-child{{min-width:0}}
+code,pre{{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
+pre{{background:var(--page);border:1px solid var(--line);border-radius:8px;padding:12px;overflow-x:auto;
+margin:0 0 10px}}
+ul{{margin:0;padding-left:1.2em}}
+li{{overflow-wrap:anywhere}}
+summary{{cursor:pointer}}
+.heatmap{{display:block;width:100%;height:auto}}
+.heatmap text{{font:10px system-ui,sans-serif;fill:var(--soft)}}
+.heatmap .block{{text-anchor:end}}
+.heatmap rect{{stroke:var(--line);stroke-width:.5}}
+.heatmap g:hover rect{{stroke:var(--ink);stroke-width:1.5}}
+.mark{{fill:var(--mark);stroke:var(--card);stroke-width:1}}
+rect.none{{fill:none}}
+rect.bad{{fill:var(--bad)}}
+.legend{{display:flex;align-items:center;gap:8px;margin:0 0 6px;font-size:.82rem;color:var(--soft);flex-wrap:wrap}}
+.legend i{{width:18px;height:12px;display:inline-block}}
+.legend .dot{{width:9px;height:9px;border-radius:50%;background:var(--mark)}}
+.legend span{{display:inline-flex;align-items:center;gap:4px}}
+{_FILLS}
+@media (max-width:520px){{main{{padding:20px 12px 40px}}section{{padding:14px;border-radius:8px}}
+table{{font-size:.8rem}}th,td{{padding-right:6px}}td:first-child{{min-width:7.5em}}}}
+footer{{margin-top:22px;color:var(--soft);font-size:.82rem}}
+"""
