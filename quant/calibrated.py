@@ -1,6 +1,7 @@
 """GPTQ on the walk: what is done where the walk stops, and what is written when a block is through."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,19 @@ class Quantizing:
     network: Network
     writer: Writer
     ready: dict[str, Quantized] = field(default_factory=dict)  # of the block being done, by tensor
-    report: dict[str, Any] = field(default_factory=dict)  # of the same, by module
+    report: dict[str, Future[dict[str, Any]]] = field(default_factory=dict)  # of the same
 
     def __post_init__(self) -> None:
         self._written = frozenset(self.writer.done)  # by an earlier run
+        # what nothing waits for (the report, packing, writing) is done beside the walk, in this order
+        self._beside = ThreadPoolExecutor(1, "wtool-beside", initializer=torch.set_num_threads, initargs=(1,))
+        self._writing: list[Future[None]] = []
+
+    def __enter__(self) -> "Quantizing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._beside.shutdown(cancel_futures=True)
 
     def written(self, block: Block) -> Read | None:
         layers = [self.plan.layers[linear.name] for linear in block.linears if linear.name in self.plan.layers]
@@ -45,12 +55,14 @@ class Quantizing:
         for alike in _alike(self.plan, site.linears):
             layer = self.plan.layers[alike[0].name]
             weights = [self.network.view(linear) for linear in alike]
-            outcome = quantize(torch.cat(weights), gram, tokens, layer, self.recipe)
-            pieces = split(outcome.quantized, [len(weight) for weight in weights])
-            for linear, weight, quantized in zip(alike, weights, pieces, strict=True):
-                value = quantized.values()
-                self._keep(linear, quantized, explain(weight, value, gram, outcome, layer, tokens, dropped))
-                values[linear] = value
+            rows = [len(weight) for weight in weights]
+            weight = torch.cat(weights)
+            outcome = quantize(weight, gram, tokens, layer, self.recipe)
+            for linear, before, quantized in zip(
+                alike, weight.split(rows), split(outcome.quantized, rows), strict=True
+            ):
+                values[linear] = value = quantized.values()
+                self._keep(linear, quantized, before, value, gram, outcome, tokens, dropped)
         return values
 
     def block(self, block: Block, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
@@ -62,11 +74,16 @@ class Quantizing:
                 quantized = rounded(weight, layer, self.recipe)
                 outcome = Outcome(quantized, None, "no token came to it", weight.shape[1])
                 values[linear] = quantized.values()
-                self._keep(linear, quantized, explain(weight, values[linear], None, outcome, layer, 0, 0))
-        for linear in block.linears:
-            if linear.name in self.ready:
-                self.write(linear.name)
+                self._keep(linear, quantized, weight.clone(), values[linear], None, outcome, 0, 0)
+        self._wait()
+        ready = [linear.name for linear in block.linears if linear.name in self.ready]
+        self._writing = [self._beside.submit(self.write, name) for name in ready]
         return values
+
+    def finish(self) -> None:
+        """Round the planned layers that the walk does not come to, and wait until all is written."""
+        self._wait()
+        self._round_rest()
 
     def write(self, name: str) -> None:
         """Hand a layer to the writer, but for what an earlier run wrote of it."""
@@ -76,13 +93,12 @@ class Quantizing:
         fresh = {output: tensor for output, tensor in named.items() if output not in self.writer.done}
         note = {
             "inputs": [[0, name, checksum(self.network.checkpoint.read(name).contiguous())]],
-            "report": {layer.linear.module: self.report.pop(name)},
+            "report": {layer.linear.module: self.report.pop(name).result()},
         }
         if fresh:
             self.writer.write(fresh, note=note)
 
-    def round_rest(self) -> None:
-        """Round the planned layers that the walk does not come to."""
+    def _round_rest(self) -> None:
         walked = {linear.name for block in self.network.blocks for linear in block.linears}
         for name, layer in self.plan.layers.items():
             if name not in walked and not layer.outputs.keys() <= self.writer.done.keys():
@@ -92,12 +108,29 @@ class Quantizing:
                 reason = "transformers does not multiply by it in a block of the model"
                 outcome = Outcome(quantized, None, reason, 0)
                 self.ready[name] = quantized
-                self.report[name] = explain(weight, quantized.values(), None, outcome, layer, 0, 0)
+                values = quantized.values()
+                self.report[name] = self._beside.submit(explain, weight, values, None, outcome, layer, 0, 0)
                 self.write(name)
 
-    def _keep(self, linear: Linear, quantized: Quantized, report: dict[str, Any]) -> None:
+    def _keep(
+        self,
+        linear: Linear,
+        quantized: Quantized,
+        before: Tensor,
+        after: Tensor,
+        gram: Tensor | None,
+        outcome: Outcome,
+        tokens: int,
+        dropped: int,
+    ) -> None:
+        layer = self.plan.layers[linear.name]
         self.ready[linear.name] = quantized
-        self.report[linear.name] = report
+        told = self._beside.submit(explain, before, after, gram, outcome, layer, tokens, dropped)
+        self.report[linear.name] = told
+
+    def _wait(self) -> None:
+        for writing in self._writing:
+            writing.result()
 
     def _read_written(self, name: str) -> Tensor:
         """A tensor of a finished block: the linears as they were written."""

@@ -59,6 +59,9 @@ def quantize(
         bool | None, typer.Option(help="scales from the weights as they were [default: yes]")
     ] = None,
     clip: Annotated[bool | None, typer.Option(help="search how much of each range to cover [default: yes]")] = None,
+    refine: Annotated[
+        int | None, typer.Option(min=0, help="times to go over codes and scales again [default: 1]")
+    ] = None,
     sequential: Annotated[
         bool | None, typer.Option(help="fit each linear to what the quantized ones before it feed it [default: yes]")
     ] = None,
@@ -66,7 +69,7 @@ def quantize(
     device: options.Device = "auto",
     compute_dtype: options.ComputeDtype = "auto",
     activations: options.Activations = "device",
-    batch_tokens: options.BatchTokens = 4096,
+    batch_tokens: options.BatchTokens = 2048,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
     force: options.Force = False,
     dry_run: Annotated[
@@ -98,6 +101,7 @@ def quantize(
         "act_order": act_order,
         "static_groups": static_groups,
         "clip": clip,
+        "refine": refine,
         "way": None if sequential is None else "sequential" if sequential else "one-pass",
         "dtype": dtype,
     }

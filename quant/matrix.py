@@ -34,6 +34,8 @@ def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: 
         act_order=recipe.act_order,
         static_groups=recipe.static_groups,
         clip=_clip(recipe),
+        refine=recipe.refine,
+        refit=True,
     )
 
 

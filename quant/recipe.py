@@ -75,6 +75,7 @@ class QuantRecipe(BaseModel):
     act_order: bool = True
     static_groups: bool = True
     clip: bool = True
+    refine: int = Field(default=1, ge=0)  # times to go over codes and scales again
     dtype: str | None = None  # of what is not quantized, and of scales; None is the model's
     way: Literal["sequential", "one-pass"] = "sequential"
 

@@ -23,7 +23,7 @@ class Where:
     device: str = "cpu"
     dtype: str | None = None  # safetensors name of the type to compute in; None picks one
     activations: "Place" = "device"
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     trust_remote_code: bool = False
 
 
@@ -92,17 +92,17 @@ def _walk(
     (source,) = plan.plan.sources
     network = Network(source, dtype=_dtype(plan, where), device=where.device, trust_remote_code=where.trust_remote_code)
     tokens = windows.unpadded()
-    visitor = Quantizing(recipe, plan, network, writer)
-    calibrate.walk(
-        network,
-        tokens,
-        visitor,
-        way=recipe.way,
-        batch_tokens=where.batch_tokens,
-        activations=where.activations,
-        progress=start(calibrate.steps(network, tokens, where.batch_tokens)),
-    )
-    visitor.round_rest()
+    with Quantizing(recipe, plan, network, writer) as visitor:
+        calibrate.walk(
+            network,
+            tokens,
+            visitor,
+            way=recipe.way,
+            batch_tokens=where.batch_tokens,
+            activations=where.activations,
+            progress=start(calibrate.steps(network, tokens, where.batch_tokens)),
+        )
+        visitor.finish()
 
 
 def _dtype(plan: QuantPlan, where: Where) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wtool.grid import Grid
+from wtool.threads import one_thread
 
 _COLUMNS = 16  # whose effect on one another is computed one by one
 _COLUMNS_GPU = 128  # the same of the kernel
@@ -97,8 +98,9 @@ def round_columns(
     if kernel:
         kernel(values, base, coupling, scales, zeros, grid.lowest, grid.highest)
         return
-    for i in range(len(values)):
-        _round_columns(values[i], base[i], coupling[i], scales[i], None if zeros is None else zeros[i], grid)
+    with one_thread():
+        for i in range(len(values)):
+            _round_columns(values[i], base[i], coupling[i], scales[i], None if zeros is None else zeros[i], grid)
 
 
 def _round_columns(

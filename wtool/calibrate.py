@@ -95,7 +95,7 @@ def walk(
     visitor: Visitor,
     *,
     way: Way = "sequential",
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     activations: Place = "device",
     progress: Callable[[int], None] = lambda steps: None,
 ) -> None:
@@ -127,7 +127,7 @@ def walk(
             give_back_freed_memory()
 
 
-def steps(network: Network, windows: Sequence[Tensor], batch_tokens: int = 4096) -> int:
+def steps(network: Network, windows: Sequence[Tensor], batch_tokens: int = 2048) -> int:
     """How many steps `progress` will be told of."""
     return len(_batches(windows, batch_tokens)) * len(network.blocks)
 
@@ -437,7 +437,9 @@ def _stops(forward: _Forward, released: set[Linear]) -> Iterator[None]:
 
     def stop(linears: tuple[Linear, ...], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if linears[0] not in released:
-            getcurrent().parent.switch((linears, arguments[0] if arguments else named["input"]))
+            walk = getcurrent().parent
+            assert walk is not None, "a flow is started by the walk"
+            walk.switch((linears, arguments[0] if arguments else named["input"]))
 
     hooks = [
         network.model.get_submodule(path).register_forward_pre_hook(

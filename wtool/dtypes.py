@@ -1,8 +1,10 @@
-"""The element types of a checkpoint: their safetensors names, sizes and torch types.
+"""The element types of a checkpoint: their safetensors names, sizes and torch types; and what a header says.
 
 Names are the currency of headers and plans, so that both can be made without torch.
 """
 
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from wtool.errors import UsageError, did_you_mean
@@ -36,6 +38,22 @@ FLOATS = ("F16", "BF16", "F32", "F64")  # the types weights are computed in
 
 _BY_TORCH_NAME = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 _SHORT = {"fp16": "F16", "half": "F16", "bf16": "BF16", "fp32": "F32", "float": "F32", "fp64": "F64", "double": "F64"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    dtype: str  # safetensors name, e.g. "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * itemsize(self.dtype)
 
 
 def itemsize(dtype: str) -> int:

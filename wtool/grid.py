@@ -73,8 +73,8 @@ class Clip:
     are tried, of both signs where the grid is symmetric, then six between the best one and its neighbours.
     """
 
-    lowest: float = 0.5  # share of the range, in (0, 1)
-    steps: int = 4  # shares to try at first, in even ratios
+    lowest: float = 0.4  # share of the range, in (0, 1)
+    steps: int = 8  # shares to try at first, in even ratios
     norm: float = 2.5  # 2 and 2.5 are the fast ones
 
 

@@ -5,8 +5,8 @@ WTOOL_KILLS says how many kills (default 6).
 
 import os
 import random
-import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,8 +39,8 @@ def test_every_kill_of_a_walk_is_survived(text: Path, tmp_path: Path) -> None:
         out = tmp_path / f"out{number}"
         process = start(command(out))
         time.sleep(chance.uniform(0.2, 1.05) * seconds)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may be through
+            process.kill()
         process.join()
         moment = "output there" if out.exists() else "half done" if work_folder(out).exists() else "before anything"
         moments[moment] += 1
@@ -62,7 +62,8 @@ def test_a_killed_calibration_goes_on(model: Path, text: Path, tmp_path: Path) -
     process = start(command(out))
     while process.is_alive() and not list((work_folder(out) / "output").glob("block-*")):
         time.sleep(0.002)
-    process.kill()
+    with suppress(ProcessLookupError):
+        process.kill()
     process.join()
     again = start(command(out))
     again.join()

@@ -8,31 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wtool.dtypes import itemsize
+from wtool.dtypes import TensorInfo as TensorInfo
 from wtool.errors import MissingInput, did_you_mean
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a header says of a tensor."""
-
-    dtype: str  # safetensors name, e.g. "BF16"
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * itemsize(self.dtype)
 
 
 class TensorFile(ABC):

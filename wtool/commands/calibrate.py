@@ -39,7 +39,7 @@ def calibrate(
     device: options.Device = "auto",
     compute_dtype: options.ComputeDtype = "auto",
     activations: options.Activations = "device",
-    batch_tokens: options.BatchTokens = 4096,
+    batch_tokens: options.BatchTokens = 2048,
     force: options.Force = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from wtool.checkpoint.base import TensorInfo
+from wtool.dtypes import TensorInfo
 from wtool.errors import QuantizedInput
 from wtool.formats.bits import pack, signed, unpack, unsigned, words
 from wtool.formats.scheme import Format, Scheme, Shape, entry, pattern

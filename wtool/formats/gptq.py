@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wtool import __version__
-from wtool.checkpoint.base import TensorInfo
+from wtool.dtypes import TensorInfo
 from wtool.errors import QuantizedInput
 from wtool.formats.bits import pack, signed, unpack, unsigned, words
 from wtool.formats.scheme import Format, Scheme, Shape, entry, pattern

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from wtool.checkpoint.base import TensorInfo
+from wtool.dtypes import TensorInfo
 from wtool.grid import Grid, Quantized
 
 if TYPE_CHECKING:
