@@ -142,7 +142,11 @@ def train(model: nn.Module, data: list[Window], learning_rate: float) -> None:
             logging_steps=100,
             disable_tqdm=True,
         )
-        Trainer(model=model, args=arguments, train_dataset=data).train()
+        Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,  # pyright: ignore[reportArgumentType] - a list has all it needs
+        ).train()
 
 
 def perplexity(model: nn.Module, data: list[Window]) -> float:
