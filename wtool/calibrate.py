@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from wtool.checkpoint.base import Checkpoint
 from wtool.errors import InputError
-from wtool.memory import give_back_freed_memory
+from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.network import Block, Linear, Network, Read, Regions
 from wtool.statistics import Gram
 from wtool.writer import checksum
@@ -109,6 +109,7 @@ def walk(
     raises: InputError
     """
     batches = _batches(windows, batch_tokens)
+    give_back_large_blocks()
     with torch.inference_mode(), _store(activations, network.device) as hidden:
         calls = _first_inputs(network, batches, hidden)
         sites = _Sites()

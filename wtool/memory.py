@@ -18,6 +18,12 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
+def give_back_large_blocks() -> None:
+    """Return blocks of 4 MB and more to the system as soon as they are freed, so that none is held between others."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+
+
 def give_back_freed_memory() -> None:
     """Return to the system what is free now."""
     with suppress(OSError, AttributeError):
