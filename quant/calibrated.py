@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from wtool.calibrate import Site
+from wtool.errors import RuntimeProblem
+from wtool.finite import first_nonfinite
 from wtool.grid import Quantized
 from wtool.network import Block, Linear, Network, Read
 from wtool.writer import Writer, checksum
@@ -91,8 +93,15 @@ class Quantizing:
         tensors = layer.format.encode(self.ready.pop(name), layer.scheme)
         named = {f"{layer.linear.module}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()}
         fresh = {output: tensor for output, tensor in named.items() if output not in self.writer.done}
+        stored = self.network.read(name).contiguous()
+        if (element := first_nonfinite(stored)) is not None:
+            value = stored.reshape(-1)[element].item()
+            raise RuntimeProblem(
+                f"{self.network.checkpoint.label}: tensor '{name}' has {value} at element {element}; "
+                "--ignore leaves a module as it is"
+            )
         note = {
-            "inputs": [[0, name, checksum(self.network.checkpoint.read(name).contiguous())]],
+            "inputs": [[0, name, checksum(stored)]],
             "report": {layer.linear.module: self.report.pop(name).result()},
         }
         if fresh:

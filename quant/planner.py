@@ -26,7 +26,7 @@ from wtool.statistics_folder import Input, Statistics, check_model, open_statist
 from .card import model_card
 from .gptq import Outcome
 from .matrix import explain, quantize, rounded, split
-from .recipe import QuantRecipe
+from .recipe import QuantRecipe, fits
 from .targets import problems as target_problems
 
 
@@ -214,16 +214,11 @@ def _warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:
     warnings: list[str] = []
     if source.quantization:
         warnings.append(f"{source.label} is quantized already ({source.quantization}); what it lost stays lost")
-    if any(entry.filter and not _used(entry.filter, source) for entry in recipe.overrides):
-        unused = next(entry.filter for entry in recipe.overrides if not _used(entry.filter, source))
-        warnings.append(f"no linear layer fits '{unused}'")
+    modules = [name.removesuffix(".weight") for name in source.tensors]
+    for entry in [*recipe.ignore, *(override.filter for override in recipe.overrides)]:
+        if not any(fits(entry, module) for module in modules):
+            warnings.append(f"no module fits '{entry}'")
     return warnings
-
-
-def _used(entry: str, source: Checkpoint) -> bool:
-    from .recipe import fits
-
-    return any(fits(entry, name.removesuffix(".weight")) for name in source.tensors)
 
 
 def _summary(source: Checkpoint, steps: Sequence[Step], layers: Mapping[str, Layer]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A process that has computed with several threads must not be forked, so the serv
 
 import multiprocessing
 import os
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOADED = [
@@ -17,13 +18,13 @@ PRELOADED = [
 ]
 
 
-def start(command: list[str]) -> multiprocessing.Process:
+def start(command: list[str]) -> BaseProcess:
     """Run a command of wtool in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run, args=(command,))
     process.start()
-    return process  # type: ignore[return-value]
+    return process
 
 
 def contents(folder: Path) -> dict[str, bytes]:

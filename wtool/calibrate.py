@@ -381,13 +381,15 @@ def _sequential(forward: _Forward, sites: _Sites, visitor: Visitor) -> None:
                 gathered = _Gathered(forward.block, shared, forward.network.device)
                 gathered.add(*flows[0].met())
                 for flow in flows[1:]:
-                    assert flow.advance(), "batches of one block go through the same linears"
+                    more = flow.advance()
+                    assert more, "batches of one block go through the same linears"
                     gathered.add(*flow.met())
                 (site,) = gathered.sites()
                 forward.change(visitor.site(site))
                 released.update(site.linears)
             for flow in flows[1:]:
-                assert not flow.advance(), "batches of one block go through the same linears"
+                more = flow.advance()
+                assert not more, "batches of one block go through the same linears"
         finally:
             for flow in flows:
                 flow.abandon()

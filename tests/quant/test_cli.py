@@ -1,6 +1,7 @@
 """`wtool quantize` as a user runs it, on tiny models, opened again in transformers through compressed-tensors."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +12,7 @@ import torch
 from families import FAMILIES, saved_family
 from hub_server import HubServer
 from killing import contents
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import llama, saved, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -272,4 +273,19 @@ def test_what_cannot_be_meant_is_told_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "broken"
+    shutil.copytree(model, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    command = ["quantize", str(source), "-g", "32", "--calib", str(text), *CALIBRATION, "-o", str(out), "--quiet"]
+    assert run(command) == 5
+    assert "tensor 'model.layers.1.mlp.up_proj.weight' has nan at element 5" in capsys.readouterr().err
     assert not out.exists()

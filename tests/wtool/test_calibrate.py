@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from wtool.calibrate import Site, Way, steps, walk
+from wtool.calibrate import Place, Site, Way, steps, walk
 from wtool.checkpoint import open_checkpoint
 from wtool.network import Block, Linear, Network, Read
 
@@ -208,11 +208,11 @@ def test_a_walk_that_goes_on_is_the_same_to_the_bit(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("activations", ["cpu", "disk"])
-def test_activations_may_wait_anywhere(activations: str, tmp_path: Path) -> None:
+def test_activations_may_wait_anywhere(activations: Place, tmp_path: Path) -> None:
     saved_family("llama", tmp_path)
     network = Network(open_checkpoint(str(tmp_path)), dtype="F32")
     visitor, told = Gathering(), []
-    walk(network, WINDOWS, visitor, activations=activations, batch_tokens=24, progress=told.append)  # type: ignore[arg-type]
+    walk(network, WINDOWS, visitor, activations=activations, batch_tokens=24, progress=told.append)
     expected = gather(tmp_path, "sequential")
     assert all(torch.equal(gram, expected.grams[name]) for name, gram in visitor.grams.items())
     assert sum(told) == steps(network, WINDOWS, 24)
