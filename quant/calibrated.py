@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wtool.calibrate import Site
+from wtool.calibrate import Site, Visitor
 from wtool.errors import RuntimeProblem
 from wtool.finite import first_nonfinite
 from wtool.grid import Quantized
 from wtool.network import Block, Linear, Network, Read
+from wtool.statistics import Gram
 from wtool.writer import Writer, checksum
 
 from .gptq import Outcome
@@ -22,7 +23,7 @@ from .recipe import QuantRecipe
 
 
 @dataclass
-class Quantizing:
+class Quantizing(Visitor[Gram]):
     """The visitor of a walk that quantizes each linear and writes each block."""
 
     recipe: QuantRecipe
@@ -50,9 +51,13 @@ class Quantizing:
             return None
         return self._read_written
 
-    def site(self, site: Site) -> Mapping[Linear, Tensor]:
-        tokens, dropped = site.gram.tokens, site.gram.dropped
-        gram = site.gram.finish()
+    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> Gram | None:
+        planned = any(linear.name in self.plan.layers for linear in linears)
+        return Gram(features, device) if planned else None
+
+    def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
+        tokens, dropped = site.gathered.tokens, site.gathered.dropped
+        gram = site.gathered.finish()
         values: dict[Linear, Tensor] = {}
         for alike in _alike(self.plan, site.linears):
             layer = self.plan.layers[alike[0].name]

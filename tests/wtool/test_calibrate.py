@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from wtool.calibrate import Place, Site, Way, steps, walk
+from wtool.calibrate import Place, Site, Visitor, Way, steps, walk
 from wtool.checkpoint import open_checkpoint
 from wtool.network import Block, Linear, Network, Read
+from wtool.statistics import Gram
 
 torch.manual_seed(0)
 WINDOWS = [torch.randint(3, 300, (12,)) for _ in range(5)] + [torch.randint(3, 300, (7,)) for _ in range(2)]
@@ -20,7 +21,7 @@ TOKENS = sum(map(len, WINDOWS))
 WAYS: tuple[Way, ...] = ("observe", "one-pass", "sequential")
 
 
-class Gathering:
+class Gathering(Visitor[Gram]):
     """A visitor that keeps everything, and changes what it is told to."""
 
     def __init__(self, factor: float = 1.0, finished: int = 0):
@@ -40,12 +41,15 @@ class Gathering:
         read = self.network.read
         return lambda name: read(name) * (self.factor if name in names else 1)
 
-    def site(self, site: Site) -> Mapping[Linear, Tensor]:
+    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> Gram:
+        return Gram(features, device)
+
+    def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
         self.sites.append([linear.name for linear in site.linears])
-        total = site.gram.finish() * site.gram.tokens
+        total = site.gathered.finish() * site.gathered.tokens
         for linear in site.linears:
             self.grams[linear.name] = total
-            self.tokens[linear.name] = site.gram.tokens
+            self.tokens[linear.name] = site.gathered.tokens
         if self.factor == 1:
             return {}
         assert self.network is not None
@@ -222,7 +226,7 @@ def test_an_error_in_a_visitor_ends_the_walk_and_its_threads(tmp_path: Path) -> 
     import threading
 
     class Failing(Gathering):
-        def site(self, site: Site) -> Mapping[Linear, Tensor]:
+        def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
             raise ValueError("no")
 
     saved_family("llama", tmp_path)

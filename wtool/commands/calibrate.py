@@ -12,11 +12,13 @@ from wtool import options
 from wtool.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from wtool.calibrate import Site
     from wtool.calibration_data import Windows
     from wtool.network import Block, Linear, Network, Read
+    from wtool.statistics import Gram
     from wtool.statistics_folder import Input, StatisticsWriter
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -110,17 +112,25 @@ class _Saving:
     def written(self, block: "Block") -> "Read | None":
         return self._network.read if self._writer.has(block.index) else None
 
-    def site(self, site: "Site") -> "Mapping[Linear, Tensor]":
+    def gather(self, linears: "tuple[Linear, ...]", features: int, device: "torch.device") -> "Gram":
+        from wtool.statistics import Gram
+
+        return Gram(features, device)
+
+    def site(self, site: "Site[Gram]") -> "Mapping[Linear, Tensor]":
         from wtool.statistics_folder import Input
 
         names = tuple(linear.name for linear in site.linears)
-        self._grams[Input(names, site.gram.tokens, site.gram.dropped)] = site.gram.finish()
+        self._grams[Input(names, site.gathered.tokens, site.gathered.dropped)] = site.gathered.finish()
         return {}
 
     def block(self, block: "Block", unseen: "Sequence[Linear]") -> "Mapping[Linear, Tensor]":
         self._writer.put(block.index, self._grams)
         self._grams = {}
         return {}
+
+    def passed(self, block: "Block", batch: int, before: "Tensor", after: "Tensor") -> None:
+        pass
 
 
 def _tell(output: Path, windows: "Windows", blocks: int, seconds: float, as_json: bool) -> None:

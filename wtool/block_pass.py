@@ -1,0 +1,333 @@
+"""Three ways to take all batches through one block of a model that is filled (`wtool.calibrate` tells them apart)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from wtool.network import Block, Linear, Network, Read, Regions
+
+# function -> where its input and its matrix stand among the arguments, and their names
+WATCHED: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
+    torch.nn.functional.linear: ((0, "input"), (1, "weight")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+}
+
+
+class Statistic(Protocol):
+    """What is gathered of an input while batches go by."""
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in tokens, [..., features]."""
+        ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+@dataclass(frozen=True)
+class Site(Generic[S]):
+    """An input that some linears share, and what was gathered of it."""
+
+    block: Block
+    linears: tuple[Linear, ...]
+    gathered: S
+
+
+class Visitor(Protocol[S]):
+    """What is done on the way."""
+
+    def written(self, block: Block) -> Read | None:
+        """Where to read a block that was finished by an earlier run; None if it is still to be done."""
+        ...
+
+    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> S | None:
+        """Begin to gather of an input that some linears share; None where nothing is to be known of it."""
+        ...
+
+    def site(self, site: Site[S]) -> Mapping[Linear, Tensor]:
+        """The matrices [out, in] that take the place of the site's; none where nothing changes."""
+        ...
+
+    def block(self, block: Block, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
+        """Called when all sites of a block were visited, before the next block is run.
+
+        unseen: linears that no token came to
+        returns: matrices for them
+        """
+        ...
+
+    def passed(self, block: Block, batch: int, before: Tensor, after: Tensor) -> None:
+        """Shown the hidden states [windows, tokens, features] that went into a block for good, and what came out."""
+        return
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a block is called, its hidden states left out."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class HiddenStates:
+    """Hidden states of every batch, where they do not stand in the way."""
+
+    def __init__(self, device: torch.device, folder: Path | None):
+        self._device, self._folder = device, folder
+        self._kept: dict[int, Tensor] = {}
+
+    def __setitem__(self, number: int, hidden: Tensor) -> None:
+        if self._folder is None:
+            self._kept[number] = hidden.to(self._device)
+            return
+        kept = self._kept.get(number)
+        if kept is None or kept.shape != hidden.shape:
+            path = str(self._folder / f"{number}.bin")
+            flat = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype)
+            kept = self._kept[number] = flat.view(hidden.shape)
+        kept.copy_(hidden)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._kept[number]
+
+    def take(self, number: int) -> Tensor:
+        """A batch's states, which need not be kept any longer."""
+        return self._kept[number] if self._folder else self._kept.pop(number)
+
+
+@dataclass
+class Forward:
+    """One block on all batches."""
+
+    network: Network
+    block: Block
+    calls: Sequence[Call]
+    hidden: HiddenStates
+    visitor: Visitor[Any]
+    progress: Callable[[int], None]
+
+    def run(self, number: int, *, last: bool = False) -> Tensor:
+        """The block's output for a batch.
+
+        last: its input is not needed again
+        """
+        call = self.calls[number]
+        states = (self.hidden.take(number) if last else self.hidden[number]).to(self.network.device)
+        output = self.block.module(states, *call.args, **call.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        if last:
+            self.visitor.passed(self.block, number, states, output)
+        return output
+
+    def plain(self) -> None:
+        """Run all batches and keep the outputs."""
+        for number in range(len(self.calls)):
+            self.hidden[number] = self.run(number, last=True)
+            self.progress(1)
+
+    def regions(self) -> Regions:
+        return Regions(self.network, self.block.linears)
+
+    def change(self, values: Mapping[Linear, Tensor]) -> None:
+        for linear, value in values.items():
+            self.network.view(linear).copy_(value)
+
+
+class _Watch(TorchFunctionMode):
+    """Tells of every product with a block's linears before it is computed."""
+
+    def __init__(self, regions: Regions, meet: Callable[[tuple[Linear, ...], Tensor], None]):
+        super().__init__()
+        self._regions, self._meet = regions, meet
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if places := WATCHED.get(func):
+            fed, weight = (args[i] if i < len(args) else kwargs.get(name) for i, name in places)
+            if isinstance(weight, Tensor) and (linears := self._regions.of(weight)):
+                self._meet(linears, fed)
+        return func(*args, **kwargs)
+
+
+class Sites:
+    """Which linears share an input, found by that input's identity in a run of one batch.
+
+    Blocks of one kind are alike, so one of each kind is looked at.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, list[tuple[int, ...]]] = {}
+
+    def of(self, forward: Forward, regions: Regions) -> dict[str, tuple[Linear, ...]]:
+        """Name of a linear -> those that share its input, in the order they are met."""
+        block = forward.block
+        kind = tuple(
+            replace(linear.slot, parameter=linear.slot.parameter.removeprefix(block.name)) for linear in block.linears
+        )
+        if kind not in self._known:
+            number_of = {linear: number for number, linear in enumerate(block.linears)}
+            met: dict[Any, tuple[list[int], Tensor]] = {}
+
+            def meet(linears: tuple[Linear, ...], fed: Tensor) -> None:
+                # the input is held, so that no other one can be at its address
+                numbers, _ = met.setdefault((fed.data_ptr(), fed.numel(), fed.dtype), ([], fed))
+                numbers += [number_of[linear] for linear in linears]
+
+            with _Watch(regions, meet):
+                forward.run(0)
+            self._known[kind] = [tuple(numbers) for numbers, _ in met.values()]
+        sites = [tuple(block.linears[number] for number in site) for site in self._known[kind]]
+        return {linear.name: site for site in sites for linear in site}
+
+
+@dataclass
+class _Gathered:
+    """The statistics of a block's inputs while they come in."""
+
+    forward: Forward
+    shared: Mapping[str, tuple[Linear, ...]]
+    found: dict[tuple[Linear, ...], Any] = field(default_factory=dict)
+
+    def add(self, linears: tuple[Linear, ...], fed: Tensor) -> None:
+        """Take in what linears are fed; of linears that share an input, the first counts."""
+        site = self.shared.get(linears[0].name, linears)
+        if linears[0] != site[0]:
+            return
+        if site not in self.found:
+            self.found[site] = self.forward.visitor.gather(site, fed.shape[-1], self.forward.network.device)
+        if self.found[site] is not None:
+            self.found[site].add(fed)
+
+    def sites(self) -> Iterator[Site[Any]]:
+        """What was gathered, each forgotten when the next is asked for."""
+        for linears in list(self.found):
+            if (gathered := self.found.pop(linears)) is not None:
+                yield Site(self.forward.block, linears, gathered)
+
+
+def observe(forward: Forward, sites: Sites) -> None:
+    regions = forward.regions()
+    gathered = _Gathered(forward, sites.of(forward, regions))
+    with _Watch(regions, gathered.add):
+        forward.plain()
+    seen = {linear for site in gathered.found for linear in site}
+    for site in gathered.sites():
+        forward.visitor.site(site)
+    forward.visitor.block(forward.block, [linear for linear in forward.block.linears if linear not in seen])
+
+
+def one_pass(forward: Forward, sites: Sites) -> None:
+    regions = forward.regions()
+    gathered = _Gathered(forward, sites.of(forward, regions))
+    with _Watch(regions, gathered.add):
+        for number in range(len(forward.calls)):
+            forward.run(number)
+    seen = {linear for site in gathered.found for linear in site}
+    for site in gathered.sites():
+        forward.change(forward.visitor.site(site))
+    _finish(forward, seen)
+    forward.plain()
+
+
+def _finish(forward: Forward, seen: set[Linear]) -> None:
+    forward.change(
+        forward.visitor.block(forward.block, [linear for linear in forward.block.linears if linear not in seen])
+    )
+
+
+def sequential(forward: Forward, sites: Sites) -> None:
+    shared = sites.of(forward, forward.regions())
+    released: set[Linear] = set()
+    flows = [_Flow(forward, number) for number in range(len(forward.calls))]
+    with _stops(forward, released):
+        try:
+            while flows[0].advance():
+                gathered = _Gathered(forward, shared)
+                gathered.add(*flows[0].met())
+                for flow in flows[1:]:
+                    more = flow.advance()
+                    assert more, "batches of one block go through the same linears"
+                    gathered.add(*flow.met())
+                met = next(iter(gathered.found))
+                for site in gathered.sites():
+                    forward.change(forward.visitor.site(site))
+                released.update(met)
+            for flow in flows[1:]:
+                more = flow.advance()
+                assert not more, "batches of one block go through the same linears"
+        finally:
+            for flow in flows:
+                flow.abandon()
+    for number, flow in enumerate(flows):
+        forward.hidden[number] = flow.output()
+        forward.progress(1)
+    _finish(forward, released)
+
+
+class _Flow:
+    """A batch on its way through a block, stopped before every linear that is not released yet.
+
+    A greenlet is what can be stopped in the middle of a forward. All are of one thread, which runs one at a time.
+    """
+
+    def __init__(self, forward: Forward, number: int):
+        self._greenlet = greenlet(lambda: forward.run(number, last=True))
+        self._got: Any = None
+
+    def advance(self) -> bool:
+        """Go on to the next linears; whether there are any before the block's end."""
+        self._got = None
+        self._got = self._greenlet.switch()
+        return not self._greenlet.dead
+
+    def met(self) -> tuple[tuple[Linear, ...], Tensor]:
+        """The linears it stands before, and what they are fed."""
+        return self._got
+
+    def output(self) -> Tensor:
+        """The block's output, handed out once."""
+        output, self._got = self._got, None
+        return output
+
+    def abandon(self) -> None:
+        """End it where it stands, if it has not come to its end."""
+        self._greenlet.throw()
+
+
+@contextmanager
+def _stops(forward: Forward, released: set[Linear]) -> Iterator[None]:
+    """Have the flows stop before linears that are not released, for a while."""
+    network = forward.network
+    modules: dict[str, tuple[Linear, ...]] = {}
+    for linear in forward.block.linears:
+        path = linear.slot.parameter.rpartition(".")[0]
+        modules[path] = (*modules.get(path, ()), linear)
+
+    def stop(linears: tuple[Linear, ...], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if linears[0] not in released:
+            walk = getcurrent().parent
+            assert walk is not None, "a flow is started by the walk"
+            walk.switch((linears, arguments[0] if arguments else named["input"]))
+
+    hooks = [
+        network.model.get_submodule(path).register_forward_pre_hook(
+            lambda module, arguments, named, linears=linears: stop(linears, arguments, named), with_kwargs=True
+        )
+        for path, linears in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
