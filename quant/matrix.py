@@ -53,7 +53,6 @@ def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:
 
 def explain(
     weight: Tensor,
-    value: Tensor,
     gram: Tensor | None,
     outcome: Outcome,
     layer: "Layer",
@@ -62,9 +61,10 @@ def explain(
 ) -> dict[str, Any]:
     """What the report tells of a linear.
 
-    weight, value: before and after, [out, in]
+    weight: as it was, [out, in]
     gram: of its input; None where nothing is known of it
     """
+    value = outcome.quantized.values()
     grid = layer.scheme.grid
     told: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "tokens": tokens}
     if gram is None:

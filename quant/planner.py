@@ -5,7 +5,7 @@ that nobody has downloaded as for one on disk.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def _as_stored(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
 def _rounded(weight: Tensor, *, recipe: QuantRecipe, layer: Layer, why: str | None) -> Told:
     weight = weight.T if layer.linear.transposed else weight
     quantized = rounded(weight, layer, recipe)
-    report = explain(weight, quantized.values(), None, Outcome(quantized, None, why, 0), layer, 0, 0)
+    report = explain(weight, None, Outcome(quantized, None, why, 0), layer, 0, 0)
     tensors = layer.format.encode(quantized, layer.scheme)
     return Told(tuple(tensors.values()), {layer.linear.module: report})
 
@@ -189,7 +189,7 @@ def _from_statistics(*tensors: Tensor, recipe: QuantRecipe, layers: Sequence[Lay
     report: dict[str, Any] = {}
     for weight, layer, quantized in zip(weights, layers, pieces, strict=True):
         made += layer.format.encode(quantized, layer.scheme).values()
-        told = explain(weight, quantized.values(), gram, outcome, layer, met.tokens, met.dropped)
+        told = explain(weight, gram, replace(outcome, quantized=quantized), layer, met.tokens, met.dropped)
         report[layer.linear.module] = told
     return Told(tuple(made), report)
 

@@ -86,13 +86,15 @@ def _walk(
 ) -> None:
     from wtool import calibrate
     from wtool.network import Network
+    from wtool.rewrite import Rewriting
 
     from .calibrated import Quantizing
 
     (source,) = plan.plan.sources
     network = Network(source, dtype=_dtype(plan, where), device=where.device, trust_remote_code=where.trust_remote_code)
     tokens = windows.unpadded()
-    with Quantizing(recipe, plan, network, writer) as visitor:
+    transposed = {name for name, layer in plan.layers.items() if layer.linear.transposed}
+    with Rewriting(Quantizing(recipe, plan), network, writer, transposed) as visitor:
         calibrate.walk(
             network,
             tokens,
@@ -102,7 +104,7 @@ def _walk(
             activations=where.activations,
             progress=start(calibrate.steps(network, tokens, where.batch_tokens)),
         )
-        visitor.finish()
+        visitor.finish(plan.layers)
 
 
 def _dtype(plan: QuantPlan, where: Where) -> str:
