@@ -82,7 +82,6 @@ def quantize(
     """Quantize a checkpoint, streamed block by block."""
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
-    place = options.activations_place(activations)
     calibration = {"data": calib or None, "samples": samples, "seqlen": seqlen, "seed": seed}
     calibration |= {"text_column": text_column, "split": split}
     flags: dict[str, Any] = {
@@ -114,18 +113,7 @@ def quantize(
     if dry_run:
         raise typer.Exit(_show(recipe, plan, as_json))
     assert output is not None
-    from wtool.dtypes import parse_float_dtype
-    from wtool.loading import pick_device
-
-    from .run import Where
-
-    where = Where(
-        device=pick_device(device),
-        dtype=None if compute_dtype == "auto" else parse_float_dtype(compute_dtype),
-        activations=place,
-        batch_tokens=batch_tokens,
-        trust_remote_code=trust_remote_code,
-    )
+    where = options.where(device, compute_dtype, activations, batch_tokens, trust_remote_code)
     _run(recipe, plan, output, where, force, as_json, quiet)
 
 

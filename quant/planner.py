@@ -20,13 +20,14 @@ from wtool.errors import UsageError
 from wtool.formats import FORMATS, Format, Scheme
 from wtool.linear_names import LinearLayer, linear_layers
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
+from wtool.recipe_parts import unfitting
 from wtool.shards import json_bytes
 from wtool.statistics_folder import Input, Statistics, check_model, open_statistics
 
 from .card import model_card
 from .gptq import Outcome
 from .matrix import explain, quantize, rounded, split
-from .recipe import QuantRecipe, fits
+from .recipe import QuantRecipe
 from .targets import problems as target_problems
 
 
@@ -214,11 +215,8 @@ def _warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:
     warnings: list[str] = []
     if source.quantization:
         warnings.append(f"{source.label} is quantized already ({source.quantization}); what it lost stays lost")
-    modules = [name.removesuffix(".weight") for name in source.tensors]
-    for entry in [*recipe.ignore, *(override.filter for override in recipe.overrides)]:
-        if not any(fits(entry, module) for module in modules):
-            warnings.append(f"no module fits '{entry}'")
-    return warnings
+    filters = [*recipe.ignore, *(override.filter for override in recipe.overrides)]
+    return warnings + unfitting(filters, (name.removesuffix(".weight") for name in source.tensors))
 
 
 def _summary(source: Checkpoint, steps: Sequence[Step], layers: Mapping[str, Layer]) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """A quantization, as asked: one frozen object, validated once."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from wtool.errors import UsageError, did_you_mean
+from wtool.errors import UsageError
 from wtool.grid import BITS, Grid
 from wtool.recipe_file import read_yaml, validated
+from wtool.recipe_parts import Calibration, fits, known
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
 TARGETS = ("transformers", "vllm", "gptqmodel", "autogptq")
@@ -39,19 +38,6 @@ class Override(BaseModel):
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
-
-
-class Calibration(BaseModel):
-    """The text that inputs are gathered from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: tuple[str, ...] = ()  # files or Hub datasets; none is the built-in text
-    samples: int = Field(default=128, ge=1)  # windows
-    seqlen: int = Field(default=2048, ge=2)  # tokens of a window
-    seed: int = 0
-    text_column: str | None = None  # where it is none of the usual
-    split: str = "train"  # of a dataset
 
 
 class QuantRecipe(BaseModel):
@@ -104,17 +90,17 @@ class QuantRecipe(BaseModel):
     @field_validator("method")
     @classmethod
     def _known_method(cls, name: str) -> str:
-        return _known("quantization method", name, METHODS)
+        return known("quantization method", name, METHODS)
 
     @field_validator("format")
     @classmethod
     def _known_format(cls, name: str) -> str:
-        return _known("format", name, FORMATS)
+        return known("format", name, FORMATS)
 
     @field_validator("target")
     @classmethod
     def _known_target(cls, name: str | None) -> str | None:
-        return name if name is None else _known("target", name, TARGETS)
+        return name if name is None else known("target", name, TARGETS)
 
     @model_validator(mode="after")
     def _grids_fit(self) -> "QuantRecipe":
@@ -127,22 +113,6 @@ class QuantRecipe(BaseModel):
             if size is not None and size != -1 and size < 1:
                 raise UsageError(f"group size{place} is {size}; give a number of input features, or -1 for whole rows")
         return self
-
-
-def fits(entry: str, module: str) -> bool:
-    """Whether a filter fits a module's name: by a part of it, or by a regular expression after "re:"."""
-    if entry.startswith("re:"):
-        try:
-            return re.search(entry[3:], module) is not None
-        except re.error as error:
-            raise UsageError(f"'{entry}': not a regular expression: {error}") from None
-    return entry in module
-
-
-def _known(what: str, name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    if name not in known:
-        raise UsageError(f"no {what} '{name}'{did_you_mean(name, known)} (there are {', '.join(known)})")
-    return name
 
 
 def parse_recipe(content: Any, where: str) -> QuantRecipe:

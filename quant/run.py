@@ -1,7 +1,7 @@
 """Carrying out a plan: by streaming alone, or on a walk through the model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,19 +12,8 @@ from .planner import QuantPlan
 from .recipe import METHODS, QuantRecipe
 
 if TYPE_CHECKING:
-    from wtool.calibrate import Place
+    from wtool.calibrate import Where
     from wtool.calibration_data import Windows
-
-
-@dataclass(frozen=True)
-class Where:
-    """What changes where and how fast a walk goes, and not what it is to find."""
-
-    device: str = "cpu"
-    dtype: str | None = None  # safetensors name of the type to compute in; None picks one
-    activations: "Place" = "device"
-    batch_tokens: int = 2048
-    trust_remote_code: bool = False
 
 
 Progress = Callable[[int], None]
@@ -37,14 +26,9 @@ def calibration(recipe: QuantRecipe, plan: QuantPlan, *, trust_remote_code: bool
     """
     if recipe.statistics or not METHODS[recipe.method].calibrated:
         return None
-    from wtool.calibration_data import CalibrationSource
-    from wtool.calibration_data.for_model import windows_for
+    from wtool.calibration_data.for_model import windows_asked
 
-    asked = recipe.calibration
-    source = CalibrationSource(
-        asked.data, asked.samples, asked.seqlen, asked.seed, text_column=asked.text_column, split=asked.split
-    )
-    return windows_for(plan.plan.sources[0], source, trust_remote_code=trust_remote_code)
+    return windows_asked(plan.plan.sources[0], recipe.calibration, trust_remote_code=trust_remote_code)
 
 
 def run_quantization(
@@ -53,7 +37,7 @@ def run_quantization(
     out: Path,
     *,
     windows: "Windows | None",
-    where: Where,
+    where: "Where",
     force: bool = False,
     start: Callable[[int], Progress],
 ) -> Outcome:
@@ -81,33 +65,22 @@ def _walk(
     plan: QuantPlan,
     windows: "Windows",
     writer: Writer,
-    where: Where,
+    where: "Where",
     start: Callable[[int], Progress],
 ) -> None:
     from wtool import calibrate
-    from wtool.network import Network
     from wtool.rewrite import Rewriting
 
     from .calibrated import Quantizing
 
-    (source,) = plan.plan.sources
-    network = Network(source, dtype=_dtype(plan, where), device=where.device, trust_remote_code=where.trust_remote_code)
-    tokens = windows.unpadded()
+    network = calibrate.network(plan.plan.sources[0], where)
     transposed = {name for name, layer in plan.layers.items() if layer.linear.transposed}
     with Rewriting(Quantizing(recipe, plan), network, writer, transposed) as visitor:
-        calibrate.walk(
-            network,
-            tokens,
-            visitor,
-            way=recipe.way,
-            batch_tokens=where.batch_tokens,
-            activations=where.activations,
-            progress=start(calibrate.steps(network, tokens, where.batch_tokens)),
-        )
+        calibrate.walk(network, windows.unpadded(), visitor, way=recipe.way, where=where, start=start)
         visitor.finish(plan.layers)
 
 
-def _dtype(plan: QuantPlan, where: Where) -> str:
+def _dtype(plan: QuantPlan, where: "Where") -> str:
     from wtool.calibrate import working_dtype
 
     return where.dtype or working_dtype(plan.plan.sources[0], where.device)

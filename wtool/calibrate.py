@@ -21,6 +21,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +39,31 @@ from wtool.writer import checksum
 
 Way = Literal["observe", "one-pass", "sequential"]
 Place = Literal["device", "cpu", "disk"]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What changes where and how fast a walk goes, and not what it is to find."""
+
+    device: str = "cpu"
+    dtype: str | None = None  # safetensors name of the type to compute in; None picks one
+    activations: Place = "device"  # where they wait between two blocks
+    batch_tokens: int = 2048  # run at a time, one window at least
+    trust_remote_code: bool = False
 
 
 class _Recorded(Exception):
     """Ends a forward when the last block was reached."""
+
+
+def network(checkpoint: Checkpoint, where: Where) -> Network:
+    """The model to walk through.
+
+    raises: InputError, UsageError
+    """
+    dtype = where.dtype or working_dtype(checkpoint, where.device)
+    return Network(checkpoint, dtype=dtype, device=where.device, trust_remote_code=where.trust_remote_code)
 
 
 def walk(
@@ -50,22 +72,20 @@ def walk(
     visitor: Visitor[Any],
     *,
     way: Way = "sequential",
-    batch_tokens: int = 2048,
-    activations: Place = "device",
-    progress: Callable[[int], None] = lambda steps: None,
+    where: Where = Where(),
+    start: Callable[[int], Progress] = lambda steps: lambda done: None,
 ) -> None:
     """Send windows of tokens through a network, block by block.
 
     windows: int64 [length] each, without padding; windows of one length are run together
-    batch_tokens: tokens run at a time, one window at least
-    activations: where they wait between two blocks
-    progress: is told 1 for each batch that has gone through a block (`steps` tells the total)
+    start: is told how many steps there are and gives the function that is told of each
 
     raises: InputError
     """
-    batches = _batches(windows, batch_tokens)
+    batches = _batches(windows, where.batch_tokens)
+    progress = start(len(batches) * len(network.blocks))
     give_back_large_blocks()
-    with torch.inference_mode(), _store(activations, network.device) as hidden:
+    with torch.inference_mode(), _store(where.activations, network.device) as hidden:
         calls = _first_inputs(network, batches, hidden)
         sites = Sites()
         for block in network.blocks:
@@ -81,11 +101,6 @@ def walk(
                 else:
                     sequential(forward, sites)
             give_back_freed_memory()
-
-
-def steps(network: Network, windows: Sequence[Tensor], batch_tokens: int = 2048) -> int:
-    """How many steps `progress` will be told of."""
-    return len(_batches(windows, batch_tokens)) * len(network.blocks)
 
 
 def _batches(windows: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:

@@ -7,7 +7,7 @@ import typer
 from wtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from wtool.calibrate import Place
+    from wtool.calibrate import Place, Where
     from wtool.calibration_data import Windows
 
 Calib = Annotated[list[str] | None, typer.Option(help="calibration text: files, datasets of the Hub")]
@@ -26,14 +26,20 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no remarks")]
 
 
-def activations_place(text: str) -> "Place":
-    """Check where activations are to wait.
+def where(device: str, compute_dtype: str, activations: str, batch_tokens: int, trust_remote_code: bool) -> "Where":
+    """Where and how fast a walk is to go.
 
     raises: UsageError
     """
-    if text not in ("device", "cpu", "disk"):
-        raise UsageError(f"--activations '{text}': take device, cpu or disk")
-    return cast("Place", text)
+    from wtool.calibrate import Where
+    from wtool.dtypes import parse_float_dtype
+    from wtool.loading import pick_device
+
+    if activations not in ("device", "cpu", "disk"):
+        raise UsageError(f"--activations '{activations}': take device, cpu or disk")
+    dtype = None if compute_dtype == "auto" else parse_float_dtype(compute_dtype)
+    place = cast("Place", activations)
+    return Where(pick_device(device), dtype, place, batch_tokens, trust_remote_code)
 
 
 def tell(windows: "Windows", quiet: bool) -> None:

@@ -43,14 +43,8 @@ class Gram:
         inputs: [..., features], of any float type, on the device of the sum
         mask:   bool [...], True where a token counts
         """
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
-        rows = rows.float() if rows.dtype == torch.float64 else rows
-        finite = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).isfinite()  # in float32 a sum of squares
-        asked = torch.ones_like(finite) if mask is None else mask.reshape(-1)
-        keep = finite & asked
-        self._counts += torch.stack([keep.sum(), (asked & ~finite).sum()])
-        if rows.is_cuda or not bool(keep.all()):
-            rows = torch.where(keep[:, None], rows, 0)
+        rows, counts = _counted(inputs, mask)
+        self._counts += counts
         self._add_products(rows)
 
     def _add_products(self, rows: Tensor) -> None:
@@ -75,6 +69,52 @@ class Gram:
             square.copy_(square.triu() + square.triu(1).t())
             total[end:, begin:end] = total[begin:end, end:].t()
         return total.div_(self._counts[0].clamp(min=1))
+
+
+class Moments:
+    """The sums of |x| and of x² of each feature over tokens, as they grow: what a Gram matrix has on its diagonal."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self._absolute = torch.zeros(features, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(features, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+
+    @property
+    def tokens(self) -> int:
+        return int(self._counts[0])
+
+    @property
+    def dropped(self) -> int:
+        return int(self._counts[1])
+
+    def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add tokens, as `Gram.add` does."""
+        rows, counts = _counted(inputs, mask)
+        self._counts += counts
+        self._absolute += torch.linalg.vector_norm(rows, 1, dim=0, dtype=torch.float32)
+        self._squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+
+    @property
+    def mean_absolute(self) -> Tensor:
+        """The mean of |x|, float32 [features]."""
+        return (self._absolute / self._counts[0].clamp(min=1)).float()
+
+    @property
+    def mean_square(self) -> Tensor:
+        """The mean of x², float32 [features]."""
+        return (self._squares / self._counts[0].clamp(min=1)).float()
+
+
+def _counted(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens as rows, those that do not count set to zero; and how many count, and how many are not finite."""
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    rows = rows.float() if rows.dtype == torch.float64 else rows
+    finite = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).isfinite()  # in float32 a sum of squares
+    asked = torch.ones_like(finite) if mask is None else mask.reshape(-1)
+    keep = finite & asked
+    if rows.is_cuda or not bool(keep.all()):
+        rows = torch.where(keep[:, None], rows, 0)
+    return rows, torch.stack([keep.sum(), (asked & ~finite).sum()])
 
 
 def _stripes(matrix: Tensor) -> Iterator[tuple[int, int]]:

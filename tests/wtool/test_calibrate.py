@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from wtool.calibrate import Place, Site, Visitor, Way, steps, walk
+from wtool.calibrate import Place, Site, Visitor, Way, Where, walk
 from wtool.checkpoint import open_checkpoint
 from wtool.network import Block, Linear, Network, Read
 from wtool.statistics import Gram
@@ -67,7 +67,7 @@ def gather(folder: Path, way: Way, batch_tokens: int = 24, factor: float = 1.0, 
     network = Network(open_checkpoint(str(folder)), dtype="F32")
     visitor = Gathering(factor, finished)
     visitor.network = network
-    walk(network, WINDOWS, visitor, way=way, batch_tokens=batch_tokens)
+    walk(network, WINDOWS, visitor, way=way, where=Where(batch_tokens=batch_tokens))
     return visitor
 
 
@@ -215,11 +215,16 @@ def test_a_walk_that_goes_on_is_the_same_to_the_bit(name: str, tmp_path: Path) -
 def test_activations_may_wait_anywhere(activations: Place, tmp_path: Path) -> None:
     saved_family("llama", tmp_path)
     network = Network(open_checkpoint(str(tmp_path)), dtype="F32")
-    visitor, told = Gathering(), []
-    walk(network, WINDOWS, visitor, activations=activations, batch_tokens=24, progress=told.append)
+    visitor, asked, told = Gathering(), [], []
+
+    def start(steps: int):
+        asked.append(steps)
+        return told.append
+
+    walk(network, WINDOWS, visitor, where=Where(activations=activations, batch_tokens=24), start=start)
     expected = gather(tmp_path, "sequential")
     assert all(torch.equal(gram, expected.grams[name]) for name, gram in visitor.grams.items())
-    assert sum(told) == steps(network, WINDOWS, 24)
+    assert asked == [sum(told)]
 
 
 def test_an_error_in_a_visitor_ends_the_walk_and_its_threads(tmp_path: Path) -> None:

@@ -6,8 +6,20 @@ from wtool.checkpoint import Checkpoint
 from wtool.checkpoint.tied import embedding_name
 from wtool.errors import MissingInput
 from wtool.loading import load_tokenizer
+from wtool.recipe_parts import Calibration
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # how families name it in config.json
+
+
+def windows_asked(checkpoint: Checkpoint, asked: Calibration, *, trust_remote_code: bool = False) -> Windows:
+    """The windows a recipe asks for.
+
+    raises: InputError, RuntimeProblem
+    """
+    source = CalibrationSource(
+        asked.data, asked.samples, asked.seqlen, asked.seed, text_column=asked.text_column, split=asked.split
+    )
+    return windows_for(checkpoint, source, trust_remote_code=trust_remote_code)
 
 
 def windows_for(checkpoint: Checkpoint, source: CalibrationSource, *, trust_remote_code: bool = False) -> Windows:

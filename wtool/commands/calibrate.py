@@ -51,53 +51,43 @@ def calibrate(
     if output is None:
         raise UsageError("where to? give the output folder with -o OUT")
     import time
+    from contextlib import ExitStack
 
     from wtool import console
-    from wtool.calibrate import steps, walk, working_dtype
+    from wtool.calibrate import Progress, walk, working_dtype
+    from wtool.calibrate import network as load
     from wtool.calibration_data import CalibrationSource
     from wtool.calibration_data.for_model import windows_for
     from wtool.checkpoint import open_checkpoint
-    from wtool.dtypes import parse_float_dtype
-    from wtool.loading import pick_device
-    from wtool.network import Network
     from wtool.statistics_folder import StatisticsWriter, identity
     from wtool.writer import is_complete
 
     begin = time.perf_counter()
-    place = options.activations_place(activations)
-    device = pick_device(device)
+    where = options.where(device, compute_dtype, activations, batch_tokens, trust_remote_code)
     checkpoint = open_checkpoint(model)
     asked = CalibrationSource(
         tuple(calib or ()), samples or 128, seqlen or 2048, seed or 0, text_column=text_column, split=split or "train"
     )
     windows = windows_for(checkpoint, asked, trust_remote_code=trust_remote_code)
     options.tell(windows, quiet)
-    dtype = working_dtype(checkpoint, device) if compute_dtype == "auto" else parse_float_dtype(compute_dtype)
     about = {
         "model": checkpoint.label,
         "model_files": identity(checkpoint),
         "calibration": windows.record,
-        "computed_in": dtype,
+        "computed_in": where.dtype or working_dtype(checkpoint, where.device),
     }
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     if output.exists() and not force and is_complete(output, fingerprint):
         console.emit(f"{output}: there already, of this model and text; nothing to do (--force makes it anew)")
         return
-    network = Network(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokens = windows.unpadded()
-    with StatisticsWriter(output, fingerprint, force=force) as writer:
+    network = load(checkpoint, where)
+    with StatisticsWriter(output, fingerprint, force=force) as writer, ExitStack() as stack:
         visitor = _Saving(writer, network)
-        total = steps(network, tokens, batch_tokens)
-        with console.progress("calibrating", total, quiet=quiet, unit="batches") as progress:
-            walk(
-                network,
-                tokens,
-                visitor,
-                way="observe",
-                batch_tokens=batch_tokens,
-                activations=place,
-                progress=progress,
-            )
+
+        def start(steps: int) -> Progress:
+            return stack.enter_context(console.progress("calibrating", steps, quiet=quiet, unit="batches"))
+
+        walk(network, windows.unpadded(), visitor, way="observe", where=where, start=start)
         writer.commit(len(network.blocks), about)
     _tell(output, windows, len(network.blocks), time.perf_counter() - begin, as_json)
 
