@@ -53,6 +53,9 @@ class Where:
     trust_remote_code: bool = False
 
 
+HERE = Where()
+
+
 class _Recorded(Exception):
     """Ends a forward when the last block was reached."""
 
@@ -72,7 +75,7 @@ def walk(
     visitor: Visitor[Any],
     *,
     way: Way = "sequential",
-    where: Where = Where(),
+    where: Where = HERE,
     start: Callable[[int], Progress] = lambda steps: lambda done: None,
 ) -> None:
     """Send windows of tokens through a network, block by block.
@@ -82,11 +85,11 @@ def walk(
 
     raises: InputError
     """
-    batches = _batches(windows, where.batch_tokens)
+    batches = batches_of(windows, where.batch_tokens)
     progress = start(len(batches) * len(network.blocks))
     give_back_large_blocks()
-    with torch.inference_mode(), _store(where.activations, network.device) as hidden:
-        calls = _first_inputs(network, batches, hidden)
+    with torch.inference_mode(), hidden_states(where.activations, network.device) as hidden:
+        calls = first_inputs(network, batches, hidden)
         sites = Sites()
         for block in network.blocks:
             forward = Forward(network, block, [call[block.index] for call in calls], hidden, visitor, progress)
@@ -103,7 +106,7 @@ def walk(
             give_back_freed_memory()
 
 
-def _batches(windows: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
+def batches_of(windows: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
     """Windows of one length together, in their order, at most `batch_tokens` tokens at a time."""
     by_length: dict[int, list[Tensor]] = {}
     for window in windows:
@@ -116,7 +119,7 @@ def _batches(windows: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
 
 
 @contextmanager
-def _store(place: Place, device: torch.device) -> Iterator[HiddenStates]:
+def hidden_states(place: Place, device: torch.device) -> Iterator[HiddenStates]:
     if place != "disk":
         yield HiddenStates(device if place == "device" else torch.device("cpu"), None)
         return
@@ -124,7 +127,7 @@ def _store(place: Place, device: torch.device) -> Iterator[HiddenStates]:
         yield HiddenStates(device, Path(folder))
 
 
-def _first_inputs(network: Network, batches: Sequence[Tensor], hidden: HiddenStates) -> list[list[Call]]:
+def first_inputs(network: Network, batches: Sequence[Tensor], hidden: HiddenStates) -> list[list[Call]]:
     """Run the model up to its first block: keep what that is fed in `hidden`, return the calls [batch][block]."""
     interned: dict[Any, Tensor] = {}
     calls: list[list[Call]] = []
@@ -140,29 +143,49 @@ def _record(network: Network, ids: Tensor) -> tuple[Tensor, list[Call]]:
     first: list[Tensor] = []
     calls: list[Call] = []
 
-    def recorder(*args: Any, **kwargs: Any) -> Tensor:
-        state, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+    def record(number: int, state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         first.append(state)
         calls.append(Call(args, kwargs))
         if len(calls) == len(network.blocks):
             raise _Recorded
         return state
 
-    for block in network.blocks:
-        block.module.forward = recorder
-    try:
-        network.model(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(network))
-    except _Recorded:
-        pass
-    finally:
-        for block in network.blocks:
-            del block.module.forward
+    with in_place_of_blocks(network, record):
+        try:
+            network.model(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(network))
+        except _Recorded:
+            pass
     if len(calls) < len(network.blocks) or any(state is not first[0] for state in first):
         raise InputError(
             f"{network.checkpoint.label}: a {type(network.model).__name__} does not hand the output of a layer to the "
             "next one alone, so it cannot be walked block by block"
         )
     return first[0], calls
+
+
+@contextmanager
+def in_place_of_blocks(
+    network: Network, function: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+) -> Iterator[None]:
+    """Have a function called in the place of every block, for a while.
+
+    function: of the block's number, its hidden states, and its other arguments; gives hidden states
+    """
+
+    def stand_in(number: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            state, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+            return function(number, state, args, kwargs)
+
+        return forward
+
+    for number, block in enumerate(network.blocks):
+        block.module.forward = stand_in(number)
+    try:
+        yield
+    finally:
+        for block in network.blocks:
+            del block.module.forward
 
 
 def _without_cache(network: Network) -> dict[str, bool]:

@@ -190,13 +190,15 @@ def _score(
     vocabulary = max(model.config.get_text_config().vocab_size for model in models)
     step = max(1, LOGITS // (vocabulary * len(windows)))
     for begin, *logits in zip(
-        range(first, inputs.shape[1], step), *(_logits(model, inputs, first, step) for model in models), strict=True
+        range(first, inputs.shape[1], step),
+        *(logits_in_pieces(model, inputs, first, step) for model in models),
+        strict=True,
     ):
         chosen = fresh[:, begin : begin + step]
         _add([each[chosen].float() for each in logits], targets[:, begin : begin + step][chosen], sums)
 
 
-def _logits(model: PreTrainedModel, inputs: Tensor, first: int, step: int) -> Iterator[Tensor]:
+def logits_in_pieces(model: PreTrainedModel, inputs: Tensor, first: int, step: int) -> Iterator[Tensor]:
     """Yield the logits [windows, step, vocabulary] of all positions from `first` on, some at a time.
 
     A family may do more to its logits than multiply (soft caps, scales), so it is the whole model that runs on each
