@@ -50,7 +50,7 @@ def losses(
             states = _through(network, block, models, states, [call[block.index] for call in calls])
             give_back_freed_memory()
             progress(1)
-        with network.filled_on_demand():
+        with network.filled_on_demand(head=True):
             found = {lack: _loss(network, batches, after) for lack, after in states.items()}
         progress(1)
     return [found[lack] for lack in models]

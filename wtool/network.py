@@ -120,15 +120,17 @@ class Network:
             _empty(block.module)
 
     @contextmanager
-    def filled_on_demand(self) -> Iterator[None]:
+    def filled_on_demand(self, *, head: bool = False) -> Iterator[None]:
         """What is outside the blocks, each module filled when it is called, for a while.
 
         Of an embedding only the rows that are looked up are read.
+
+        head: have the head filled too where it is the embedding again
         """
         groups: dict[str, list[Group]] = {}
         for group in self.rest:
             groups.setdefault(group.target.rpartition(".")[0], []).append(group)
-        hooks, filled = [], list[nn.Module]()
+        hooks, filled = [], self._fill_tied_head(groups) if head else []
 
         def fill(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -150,6 +152,17 @@ class Network:
                 hook.remove()
             for module in filled:
                 _empty(module, recurse=False)
+
+    def _fill_tied_head(self, groups: Mapping[str, Sequence[Group]]) -> list[nn.Module]:
+        """Fill the embedding and a head that is tied to it; the modules that were filled."""
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        names = {module: name for name, module in self.model.named_modules()}
+        if head is None or names.get(head) in groups or names.get(embedding) not in groups:
+            return []
+        for group in groups[names[embedding]]:
+            self._fill(group, self.read)
+        head._parameters["weight"] = embedding._parameters["weight"]
+        return [head, embedding]
 
     def view(self, linear: Linear) -> Tensor:
         """A filled matrix where the model has it, [out, in]; writing to it changes the model."""
