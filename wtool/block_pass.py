@@ -11,7 +11,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from wtool.network import Block, Linear, Network, Read, Regions
 
@@ -66,6 +68,13 @@ class Visitor(Protocol[S]):
         returns: matrices for them
         """
         ...
+
+    def watched(self, block: Block) -> Mapping[str, Callable[..., None]]:
+        """Functions to be called with what modules are called with, by the modules' names.
+
+        In a run of the block that nothing stops: when it is observed, and after one pass.
+        """
+        return {}
 
     def passed(self, block: Block, batch: int, before: Tensor, after: Tensor) -> None:
         """Shown the hidden states [windows, tokens, features] that went into a block for good, and what came out."""
@@ -132,9 +141,25 @@ class Forward:
 
     def plain(self) -> None:
         """Run all batches and keep the outputs."""
-        for number in range(len(self.calls)):
-            self.hidden[number] = self.run(number, last=True)
-            self.progress(1)
+        with self._watching():
+            for number in range(len(self.calls)):
+                self.hidden[number] = self.run(number, last=True)
+                self.progress(1)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        model, handles = self.network.model, list[RemovableHandle]()
+        for name, show in self.visitor.watched(self.block).items():
+
+            def hook(module: Module, arguments: Any, named: Any, show: Callable[..., None] = show) -> None:
+                show(*arguments, **named)
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def regions(self) -> Regions:
         return Regions(self.network, self.block.linears)

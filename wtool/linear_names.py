@@ -43,7 +43,7 @@ def linear_layers(checkpoint: Checkpoint) -> tuple[dict[str, LinearLayer], dict[
     config = checkpoint.config
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
-    stack = _longest_stack(checkpoint.tensors)
+    stack = longest_stack(checkpoint.tensors)
     depth = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), None)
     transposed = config.get("model_type") in TRANSPOSED
     layers: dict[str, LinearLayer] = {}
@@ -75,7 +75,7 @@ def _no_linear(name: str, info: TensorInfo, stack: str | None, depth: Any) -> st
     return None
 
 
-def _longest_stack(tensors: Mapping[str, TensorInfo]) -> str | None:
+def longest_stack(tensors: Mapping[str, TensorInfo]) -> str | None:
     """What stands before the layer's number in the stack with the most parameters."""
     sizes: dict[str, int] = {}
     for name, info in tensors.items():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from wtool.formats import Format, Scheme, Shape
 
+SETTINGS = ("quantization_config", "wtool_low_rank")  # where config.json says that weights are not plain ones
 # What packed formats put beside, or in the place of, a plain `weight`.
 PACKED_SUFFIXES = (
     ".weight_scale_inv",
@@ -37,6 +38,9 @@ PACKED_SUFFIXES = (
     ".weight_blocks",
     "proj_blocks",
     "proj_scales",
+    ".bitmask",
+    ".low_rank_u",
+    ".low_rank_v",
 )
 PACKED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
@@ -72,9 +76,13 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
     raises: MalformedFile, MissingInput where settings and tensors do not go together
     """
+    from wtool.checkpoint.rebuilt import rebuilt
     from wtool.formats import reader
 
-    settings = checkpoint.config["quantization_config"]
+    checkpoint = rebuilt(checkpoint)
+    settings = checkpoint.config.get("quantization_config")
+    if settings is None:
+        return checkpoint
     if not isinstance(settings, dict):
         raise MalformedFile(f"{checkpoint.label}: config.json: quantization_config is no object")
     try:

@@ -42,10 +42,10 @@ def _open_stored(reference: str, headers_only: bool) -> Checkpoint:
 
 
 def _decoded(checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.config.get("quantization_config") is None:
-        return checkpoint
-    from wtool.checkpoint.quantized import decoded
+    from wtool.checkpoint.quantized import SETTINGS, decoded
 
+    if all(checkpoint.config.get(key) is None for key in SETTINGS):
+        return checkpoint
     return decoded(checkpoint)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,6 +117,9 @@ class _Saving:
     def block(self, block: "Block", unseen: "Sequence[Linear]") -> "Mapping[Linear, Tensor]":
         self._writer.put(block.index, self._grams)
         self._grams = {}
+        return {}
+
+    def watched(self, block: "Block") -> "Mapping[str, Callable[..., None]]":
         return {}
 
     def passed(self, block: "Block", batch: int, before: "Tensor", after: "Tensor") -> None:

@@ -1,0 +1,154 @@
+"""A pruning, as asked: one frozen object, validated once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from wtool.errors import UsageError
+from wtool.recipe_file import read_yaml, validated
+from wtool.recipe_parts import Calibration, known
+
+from .pattern import Sparsity, parse_pattern
+
+Kind = Literal["structure", "sparsity", "rank"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods that change matrices one by one."""
+
+    summary: str
+    kind: Kind
+    gathers: Literal["nothing", "moments", "gram"]  # of each linear's inputs, on calibration text
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method("drop the weights nearest to zero", "sparsity", "nothing"),
+    "wanda": Method("drop the lowest weight times input norm of every row", "sparsity", "moments"),
+    "ria": Method("drop what matters least beside the others of its row and column", "sparsity", "moments"),
+    "sparsegpt": Method("drop column by column, later columns make up for it", "sparsity", "gram"),
+    "svd": Method("the product of two thin matrices nearest to the weights", "rank", "nothing"),
+    "svd-llm": Method("the product of two thin matrices with the nearest outputs", "rank", "gram"),
+}
+DEPTH_SCORES: dict[str, str] = {
+    "perplexity": "take out the layer without which the loss on calibration text rises least, again and again",
+    "block-influence": "take out the layers that turn their input least",
+    "angular": "take out the run of layers over which the last token turns least",
+    "last": "take out the layers before the last one",
+}
+EXPERT_SCORES: dict[str, str] = {
+    "reap": "mean router weight times length of the expert's output, over the tokens routed to it",
+    "frequency": "how many tokens are routed to it",
+}
+SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "expert_ffn")
+
+
+class PruneRecipe(BaseModel):
+    """A pruning, as asked: of the structure, or of matrices by a method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    # structure: how much stays
+    layers: int | tuple[int, ...] | None = None  # how many, or which by their numbers from 0
+    hidden: int | None = Field(default=None, ge=1)
+    ffn: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    experts: int | None = Field(default=None, ge=1)
+    expert_ffn: int | None = Field(default=None, ge=1)
+    params: int | None = Field(default=None, ge=1)  # find sizes with at most so many parameters
+    depth_score: str = "perplexity"
+    expert_score: str = "reap"
+    compensate: bool = True  # fit what reads pruned channels to what is left of them
+    rescale_norms: bool = True  # after hidden channels went
+    rotate: bool = False  # the residual stream into its principal directions, before hidden channels go
+    # matrices
+    method: str | None = None
+    sparsity: float | None = None  # share of the weights to drop
+    pattern: str | None = None  # N:M, N kept of every M neighbours
+    layer_ratios: Literal["uniform", "owl", "by-shape"] = "uniform"
+    owl_times_mean: float = Field(default=5.0, ge=1)  # M: scores that many times their mean are outliers
+    owl_spread: float = Field(default=0.08, ge=0, le=0.5)  # λ: sparsities of blocks differ by at most twice as much
+    rank_ratio: float | None = None  # of a matrix's parameters to keep
+    ranks: Literal["uniform", "energy"] = "energy"
+    factors: bool = True  # store the thin matrices; otherwise their product
+    damping: float = Field(default=0.01, gt=0, le=1)  # share of the mean of the Gram matrix's diagonal
+    pack: bool = False  # a bit for every weight and the ones that stay, in the place of zeros
+    ignore: tuple[str, ...] = ()  # filters of modules to leave as they are
+    way: Literal["sequential", "one-pass"] = "one-pass"
+    calibration: Calibration = Calibration()
+    statistics: str | None = None  # a folder that `wtool calibrate` made, in the place of calibration text
+
+    @property
+    def kind(self) -> Kind:
+        return "structure" if self.method is None else METHODS[self.method].kind
+
+    @property
+    def asked(self) -> Sparsity:
+        """How much of a matrix is to be dropped."""
+        return parse_pattern(self.pattern) if self.pattern else Sparsity(share=self.sparsity)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str | None) -> str | None:
+        return name if name is None else known("pruning method", name, METHODS)
+
+    @field_validator("depth_score")
+    @classmethod
+    def _known_depth_score(cls, name: str) -> str:
+        return known("score of layers", name, DEPTH_SCORES)
+
+    @field_validator("expert_score")
+    @classmethod
+    def _known_expert_score(cls, name: str) -> str:
+        return known("score of experts", name, EXPERT_SCORES)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "PruneRecipe":
+        sizes = [key for key in (*SIZES, "params") if getattr(self, key) is not None]
+        amounts = [key for key in ("sparsity", "pattern", "rank_ratio") if getattr(self, key) is not None]
+        if self.method is None:
+            if amounts:
+                raise UsageError(f"'{amounts[0]}' needs a method: one of {', '.join(METHODS)}")
+            if not sizes:
+                raise UsageError(f"what is to go? give sizes to keep ({', '.join(SIZES)} or params), or a method")
+            return self
+        if sizes:
+            raise UsageError(f"'{sizes[0]}' and method '{self.method}' are two prunings: do one after the other")
+        wanted = ("rank_ratio",) if self.kind == "rank" else ("sparsity", "pattern")
+        if len(amounts) != 1 or amounts[0] not in wanted:
+            raise UsageError(
+                f"method '{self.method}' takes {' or '.join(wanted)}, one of them; found {amounts or 'none'}"
+            )
+        if self.kind == "sparsity":
+            return self._sparsity_fits()
+        return self
+
+    def _sparsity_fits(self) -> "PruneRecipe":
+        _ = self.asked
+        if self.pattern and self.layer_ratios != "uniform":
+            raise UsageError(f"layer ratios '{self.layer_ratios}' move a share of weights, and a pattern has none")
+        return self
+
+
+def parse_recipe(content: Any, where: str) -> PruneRecipe:
+    """Validate a recipe.
+
+    content: as YAML gives it
+    where:   how an error names it
+    raises:  UsageError, with the key and what would be right
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: a recipe is a mapping with model, layers or method, …")
+    return validated(PruneRecipe, content, where)
+
+
+def read_recipe(path: Path) -> PruneRecipe:
+    """Read a recipe file (YAML)."""
+    content = read_yaml(path)
+    if isinstance(content, dict) and isinstance(content.get("prune"), dict):
+        content = content["prune"]  # as a manifest has it
+    return parse_recipe(content, str(path))
