@@ -60,6 +60,10 @@ def prune(
     rank_ratio: Annotated[float | None, typer.Option(help="share of the parameters to keep, in (0, 1]")] = None,
     ranks: Annotated[str | None, typer.Option(help="how ranks are shared out: energy, uniform")] = None,
     multiply: Annotated[bool, typer.Option("--multiply", help="store the product of the thin matrices")] = False,
+    bits: Annotated[int | None, typer.Option("--bits", "-b", help="sparsegpt: round what stays as well")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", "-g", help="inputs that share a scale; -1: a row [default: 128]")
+    ] = None,
     damping: Annotated[float | None, typer.Option(help="share of the mean diagonal to add [default: 0.01]")] = None,
     pack: Annotated[bool, typer.Option("--pack", help="store a bit for every weight and those that stay")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="modules to leave as they are")] = None,
@@ -114,6 +118,8 @@ def prune(
         "rank_ratio": rank_ratio,
         "ranks": ranks,
         "factors": False if multiply else None,
+        "bits": bits,
+        "group_size": group_size,
         "damping": damping,
         "pack": pack or None,
         "ignore": ignore or None,
@@ -198,7 +204,11 @@ def _in_words(recipe: "PruneRecipe", plan: "Plan") -> str:
         return f"{changes}; {told['params_before']:,} parameters become {told['params_after']:,}, {sizes}"
     if recipe.kind == "rank":
         return f"{told['layers']} layers by {recipe.method} hold {told['ratio']:.1%} of their numbers; {sizes}"
-    same = "" if recipe.pack else ": zeros take as much room and time as other numbers (--pack makes the files smaller)"
+    same = (
+        ""
+        if recipe.pack or recipe.bits
+        else ": zeros take as much room and time as other numbers (--pack makes the files smaller)"
+    )
     return (
         f"{told['dropped']:,} of {told['weights']:,} weights of {told['layers']} layers ({told['sparsity']:.2%}) "
         f"dropped by {recipe.method}, {recipe.asked}; {sizes}{same}"

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from wtool.checkpoint import Checkpoint, TensorInfo
-from wtool.formats import bitmask, low_rank
+from wtool.formats import FORMATS, Scheme, bitmask, low_rank
 from wtool.linear_names import LAYER, LinearLayer, linear_layers
 from wtool.recipe_parts import fits
 
@@ -17,7 +17,8 @@ from .owl import even_by_shape
 from .pattern import Sparsity
 from .recipe import PruneRecipe
 
-Form = Literal["plain", "bitmask", "factors"]
+Form = Literal["plain", "bitmask", "factors", "codes"]
+CODES = FORMATS["compressed-tensors"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Layer:
     asked: Sparsity | None = None  # of a sparse one
     rank: int | None = None  # of a thin one; None where it stays as it is
     by_row: bool = False  # as many are dropped of every row
+    scheme: Scheme | None = None  # of one that is rounded too
+
+    @property
+    def scale_dtype(self) -> str:
+        return CODES.scale_dtype(self.dtype)
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -48,7 +54,10 @@ class Layer:
         """The tensors in the place of its weight."""
         if self.form == "plain":
             return {self.linear.tensor: TensorInfo(self.dtype, self.stored)}
-        if self.form == "bitmask":
+        if self.form == "codes":
+            assert self.scheme is not None
+            infos = CODES.layout(self.linear.shape, self.scheme, self.scale_dtype)
+        elif self.form == "bitmask":
             infos = bitmask.layout(self.stored, self.kept, self.dtype)
         else:
             assert self.rank is not None
@@ -60,7 +69,10 @@ class Layer:
         weight = self._turned(pruned.weight)
         if self.form == "plain":
             return {self.linear.tensor: weight.contiguous().cpu()}
-        if self.form == "bitmask":
+        if self.form == "codes":
+            assert pruned.quantized is not None and self.scheme is not None
+            parts = {name: part.cpu() for name, part in CODES.encode(pruned.quantized, self.scheme).items()}
+        elif self.form == "bitmask":
             assert pruned.keep is not None
             parts = bitmask.pack(weight.cpu(), self._turned(pruned.keep).cpu())
         else:
@@ -76,6 +88,9 @@ class Layer:
             return self._turned(written[self.linear.tensor])
         prefix = f"{self.linear.module}."
         parts = {name.removeprefix(prefix): tensor for name, tensor in written.items()}
+        if self.form == "codes":
+            assert self.scheme is not None
+            return CODES.decode(parts, self.scheme, self.linear.shape).values()
         return self._turned(bitmask.unpack(parts) if self.form == "bitmask" else low_rank.multiply(parts))
 
     def _turned(self, matrix: Tensor) -> Tensor:
@@ -108,12 +123,13 @@ def layers_to_prune(
 def _sparse(
     recipe: PruneRecipe, source: Checkpoint, linears: Mapping[str, LinearLayer], shares: Mapping[str, float] | None
 ) -> dict[str, Layer]:
-    form: Form = "bitmask" if recipe.pack else "plain"
+    form: Form = "codes" if recipe.grid else "bitmask" if recipe.pack else "plain"
+    scheme = Scheme(recipe.grid) if recipe.grid else None
     layers: dict[str, Layer] = {}
     for name, linear in linears.items():
         asked = recipe.asked if shares is None else Sparsity(share=shares[name])
         by_row = recipe.method == "wanda"
-        layers[name] = Layer(linear, source.tensors[name].dtype, form, asked, by_row=by_row)
+        layers[name] = Layer(linear, source.tensors[name].dtype, form, asked, by_row=by_row, scheme=scheme)
     return layers
 
 

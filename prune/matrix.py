@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wtool.grid import Clip, Quantized
 from wtool.statistics import Gram, Moments, relative_errors
 
 from .lowrank import Factors, break_even, spectrum, truncate
@@ -34,6 +35,7 @@ class Pruned:
     weight: Tensor  # [out, in], of the type it had
     keep: Tensor | None = None  # bool [out, in], of a sparse one
     factors: Factors | None = None  # of a thin one
+    quantized: Quantized | None = None  # of one that is rounded too
     damping: float | None = None
     fallback: str | None = None  # why another method took over
     notes: tuple[str, ...] = ()
@@ -48,26 +50,32 @@ def fed(statistic: Gram | Moments) -> Fed:
     return Fed(tokens, dropped, gram.diagonal().clamp(min=0).sqrt(), gram)
 
 
-def sparse(weight: Tensor, inputs: Fed, asked: Sparsity, recipe: PruneRecipe) -> Pruned:
-    """Drop weights [out, in]."""
+def sparse(weight: Tensor, inputs: Fed, asked: Sparsity, recipe: PruneRecipe, scale_dtype: torch.dtype) -> Pruned:
+    """Drop weights [out, in].
+
+    scale_dtype: of the scales of what is rounded too
+    """
     assert recipe.method is not None
     tail = dense_tail(weight.shape[1], asked)
     notes = (f"the last {tail} columns of {weight.shape[1]} stay dense",) if tail else ()
     fallback = None
+    if recipe.method == "sparsegpt" and (inputs.gram is not None or recipe.grid is not None):
+        gram = torch.zeros(weight.shape[1], weight.shape[1]) if inputs.gram is None else inputs.gram
+        clip = None if recipe.grid is None else Clip()
+        found = sparsegpt(
+            weight, gram, asked, damping=recipe.damping, grid=recipe.grid, scale_dtype=scale_dtype, clip=clip
+        )
+        return Pruned(found.weight, found.keep, None, found.quantized, found.damping, found.fallback, notes)
     if METHODS[recipe.method].gathers != "nothing" and inputs.tokens == 0:
         keep, fallback = magnitude_mask(weight, asked), "no token came to it: by magnitude"
     elif recipe.method == "magnitude":
         keep = magnitude_mask(weight, asked)
-    elif recipe.method == "sparsegpt":
-        assert inputs.gram is not None
-        found = sparsegpt(weight, inputs.gram, asked, damping=recipe.damping)
-        return Pruned(found.weight, found.keep, None, found.damping, found.fallback, notes)
     else:
         assert inputs.norm is not None
         if not bool(inputs.norm.any()):
             fallback = "its inputs were all 0: by the weights alone"
         keep = (wanda_mask if recipe.method == "wanda" else ria_mask)(weight, inputs.norm, asked)
-    return Pruned(weight.masked_fill(~keep, 0), keep, None, None, fallback, notes)
+    return Pruned(weight.masked_fill(~keep, 0), keep, fallback=fallback, notes=notes)
 
 
 def thin(weight: Tensor, inputs: Fed, rank: int | None) -> Pruned:

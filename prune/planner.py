@@ -17,13 +17,14 @@ from torch import Tensor
 from wtool.checkpoint import Checkpoint, open_checkpoint
 from wtool.errors import UsageError
 from wtool.formats import bitmask, low_rank
+from wtool.linear_names import plain_modules
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
 from wtool.recipe_parts import unfitting
 from wtool.shards import json_bytes
 from wtool.statistics_folder import Input, Statistics, check_model, open_statistics
 
 from .card import model_card
-from .layers import Layer, layers_to_prune
+from .layers import CODES, Layer, layers_to_prune
 from .matrix import Fed, explain
 from .pattern import dense_tail
 from .recipe import METHODS, PruneRecipe
@@ -82,12 +83,13 @@ def plan_matrices(
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}
     files["README.md"] = model_card(record, source, what).encode()
     if source.config:
-        files["config.json"] = json_bytes(_config(recipe, source, layers))
+        files["config.json"] = json_bytes(_config(recipe, source, layers, left))
     plan = Plan(
         sources=(source,) if statistics is None else (source, statistics.matrices),
         steps=tuple(steps),
         files=files,
         recipe={"prune": record, **({"found": dict(found.about)} if found.about else {})},
+        problems=_problems(layers),
         warnings=_warnings(recipe, source, layers),
         about={"left": left, "summary": _summary(source, steps, layers)},
         max_shard_bytes=max_shard_bytes,
@@ -128,14 +130,26 @@ def _told(stored: Tensor, inputs: Fed, recipe: PruneRecipe, layer: Layer) -> Tol
     return Told(tuple(tensors.values()), {layer.linear.module: explain(weight, pruned, inputs)})
 
 
-def _config(recipe: PruneRecipe, source: Checkpoint, layers: Mapping[str, Layer]) -> dict[str, Any]:
+def _config(
+    recipe: PruneRecipe, source: Checkpoint, layers: Mapping[str, Layer], left: Mapping[str, str]
+) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
     if any(layer.form == "bitmask" for layer in layers.values()):
         weights = sum(layer.stored[0] * layer.stored[1] for layer in layers.values())
         share = 1 - sum(layer.kept for layer in layers.values()) / weights
         config["quantization_config"] = bitmask.settings(round(share, 6), recipe.asked.pattern)
+    schemes = {layer.linear.module: layer.scheme for layer in layers.values() if layer.scheme is not None}
+    if schemes:
+        config["quantization_config"] = CODES.settings(schemes, plain_modules(source, left))
     ranks = {layer.linear.module: layer.rank for layer in layers.values() if layer.form == "factors"}
     return config | ({low_rank.KEY: ranks} if ranks else {})
+
+
+def _problems(layers: Mapping[str, Layer]) -> list[str]:
+    """What cannot be stored."""
+    coded = {name: layer for name, layer in layers.items() if layer.scheme is not None}
+    found = ((name, CODES.unfit(layer.linear.shape, layer.scheme)) for name, layer in coded.items() if layer.scheme)
+    return [f"'{name}': {reason}" for name, reason in found if reason]
 
 
 def _warnings(recipe: PruneRecipe, source: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:

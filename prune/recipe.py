@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from wtool.errors import UsageError
+from wtool.grid import BITS, Grid
 from wtool.recipe_file import read_yaml, validated
 from wtool.recipe_parts import Calibration, known
 
@@ -75,6 +76,9 @@ class PruneRecipe(BaseModel):
     rank_ratio: float | None = None  # of a matrix's parameters to keep
     ranks: Literal["uniform", "energy"] = "energy"
     factors: bool = True  # store the thin matrices; otherwise their product
+    bits: int | None = None  # sparsegpt: round what stays as well, stored as compressed-tensors
+    group_size: int = 128  # input features that share a scale; -1 is a whole row
+    symmetric: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)  # share of the mean of the Gram matrix's diagonal
     pack: bool = False  # a bit for every weight and the ones that stay, in the place of zeros
     ignore: tuple[str, ...] = ()  # filters of modules to leave as they are
@@ -85,6 +89,11 @@ class PruneRecipe(BaseModel):
     @property
     def kind(self) -> Kind:
         return "structure" if self.method is None else METHODS[self.method].kind
+
+    @property
+    def grid(self) -> Grid | None:
+        """What the weights that stay are rounded to."""
+        return None if self.bits is None else Grid(self.bits, self.group_size, self.symmetric)
 
     @property
     def asked(self) -> Sparsity:
@@ -129,6 +138,12 @@ class PruneRecipe(BaseModel):
 
     def _sparsity_fits(self) -> "PruneRecipe":
         _ = self.asked
+        if self.bits is not None and self.method != "sparsegpt":
+            raise UsageError(f"bits go together with sparsegpt alone; prune by {self.method}, then `wtool quantize`")
+        if self.bits is not None and self.bits not in BITS:
+            raise UsageError(f"bits is {self.bits}; there are {', '.join(map(str, BITS))}")
+        if self.bits is not None and self.pack:
+            raise UsageError("weights are packed as codes already where bits are given: leave out pack")
         if self.pattern and self.layer_ratios != "uniform":
             raise UsageError(f"layer ratios '{self.layer_ratios}' move a share of weights, and a pattern has none")
         return self

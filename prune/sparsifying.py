@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from wtool.dtypes import torch_dtype
 from wtool.rewrite import Change, Made
 from wtool.statistics import Gram, Moments
 
@@ -48,9 +49,7 @@ class Sparsifying(Change[Gram | Moments]):
 
 def prune(weight: Tensor, inputs: Fed, layer: Layer, recipe: PruneRecipe) -> Pruned:
     """A matrix [out, in] as it will be stored, in the type of its tensor."""
-    from wtool.dtypes import torch_dtype
-
     exact = weight.to(torch_dtype(layer.dtype))
     if layer.asked is not None:
-        return sparse(exact, inputs, layer.asked, recipe)
+        return sparse(exact, inputs, layer.asked, recipe, torch_dtype(layer.scale_dtype))
     return thin(exact, inputs, layer.rank)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from wtool.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from wtool.checkpoint.tied import head_name
 from wtool.dtypes import FLOATS, config_name, parse_float_dtype, torch_dtype
 from wtool.errors import UsageError
 from wtool.formats import FORMATS, Format, Scheme
-from wtool.linear_names import LinearLayer, linear_layers
+from wtool.linear_names import LinearLayer, linear_layers, plain_modules
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
 from wtool.recipe_parts import unfitting
 from wtool.shards import json_bytes
@@ -72,7 +71,7 @@ def plan_quantize(
         raise UsageError(f"{source.label}: no linear layer is left to quantize ({len(left)} matrices are none)")
     left = {**left, **ignored}
     settings = FORMATS[recipe.format].settings(
-        {layer.linear.module: layer.scheme for layer in layers.values()}, _plain_modules(source, left)
+        {layer.linear.module: layer.scheme for layer in layers.values()}, plain_modules(source, left)
     )
     statistics = None if recipe.statistics is None else open_statistics(Path(recipe.statistics))
     if statistics is not None:
@@ -114,13 +113,6 @@ def _layers(
             scale_dtype = form.scale_dtype(_dtype(recipe, source.tensors[name]))
             layers[name] = Layer(linear, Scheme(grid, recipe.ordered), form, scale_dtype)
     return layers, ignored
-
-
-def _plain_modules(source: Checkpoint, left: Mapping[str, str]) -> list[str]:
-    """The linear modules that stay as they are; the head is one even where it is the embedding again."""
-    head = head_name(source.tensors) or "lm_head.weight"
-    names = dict.fromkeys([head, *(name for name in left if "embed" not in name)])
-    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
 def _steps(

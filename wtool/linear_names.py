@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wtool.checkpoint.base import Checkpoint, TensorInfo
+from wtool.checkpoint.tied import head_name
 from wtool.dtypes import FLOATS
 
 LAYER = re.compile(r"^(.*?\.|)(\d+)\.")  # the first number among a name's parts is the layer's
@@ -58,6 +59,16 @@ def linear_layers(checkpoint: Checkpoint) -> tuple[dict[str, LinearLayer], dict[
             rows, columns = info.shape
             layers[name] = LinearLayer(name, (columns, rows) if transposed else (rows, columns), transposed)
     return layers, others
+
+
+def plain_modules(source: Checkpoint, left: Mapping[str, str]) -> list[str]:
+    """The linear modules that stay as they are; the head is one even where it is the embedding again.
+
+    left: the matrices that stay, as `linear_layers` tells them
+    """
+    head = head_name(source.tensors) or "lm_head.weight"
+    names = dict.fromkeys([head, *(name for name in left if "embed" not in name)])
+    return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
 def _no_linear(name: str, info: TensorInfo, stack: str | None, depth: Any) -> str | None:
