@@ -97,11 +97,14 @@ def by_importance(
     recipe: PruneRecipe,
     source: Checkpoint,
     found: "Importance | None",
-    windows: "Windows",
+    windows: "Windows | None",
     where: "Where",
     start: Start,
 ) -> Kept:
-    """What stays, by importance."""
+    """What stays, by importance.
+
+    windows: None where the recipe names the layers, or where the last ones go
+    """
     layers = _layers(recipe, source, found, windows, where, start)
     if found is None or not any(getattr(recipe, name) is not None for name in WIDTHS):
         return Kept(layers)
@@ -113,6 +116,8 @@ def by_importance(
     fed = _by_input(source)
 
     def choose(what: str, place: Any, size: int, keep: int) -> tuple[int, ...]:
+        if what == "hidden" and recipe.rotate:
+            return tuple(range(keep))  # the principal directions come first
         if what == "hidden":
             return width.hidden((importance.energies[name] for name in fed["hidden"].get(None, [])), keep)
         if what == "experts":
@@ -146,7 +151,7 @@ def _layers(
     recipe: PruneRecipe,
     source: Checkpoint,
     found: "Importance | None",
-    windows: "Windows",
+    windows: "Windows | None",
     where: "Where",
     start: Start,
 ) -> tuple[int, ...]:
@@ -160,6 +165,7 @@ def _layers(
     if recipe.depth_score == "last":
         return depth.before_last(count, keep)
     if recipe.depth_score == "perplexity":
+        assert windows is not None
         return _by_loss(source, count, keep, windows, where, start)
     assert found is not None
     if recipe.depth_score == "angular":

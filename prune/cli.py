@@ -9,10 +9,6 @@ from wtool import options
 from wtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from wtool.calibrate import Where
-    from wtool.executors.local import Outcome
-    from wtool.plan import Plan
-
     from .recipe import PruneRecipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -52,7 +48,10 @@ def prune(
     method: Annotated[
         str | None, typer.Option("--method", "-m", help="magnitude, wanda, ria, sparsegpt, svd, svd-llm")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="share of the weights to drop, in [0, 1)")] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(help="share of the weights to drop, in [0, 1); several make a folder each, from one calibration"),
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help="N:M, N kept of every M neighbours in a row")] = None,
     layer_ratios: Annotated[
         str | None, typer.Option(help="how sparsity is shared out: uniform, owl, by-shape [default: uniform]")
@@ -70,6 +69,8 @@ def prune(
     sequential: Annotated[
         bool | None, typer.Option(help="fit each linear to what the pruned ones before it feed it [default: no]")
     ] = None,
+    recover: Annotated[str | None, typer.Option(help="then train it on the text: distill or lora")] = None,
+    recover_tokens: Annotated[int, typer.Option(min=1, help="tokens to learn from")] = 1_000_000,
     calib: options.Calib = None,
     samples: options.Samples = None,
     seqlen: options.Seqlen = None,
@@ -112,7 +113,7 @@ def prune(
         "rescale_norms": rescale_norms,
         "rotate": rotate,
         "method": method,
-        "sparsity": sparsity,
+        "sparsity": sparsity[0] if sparsity else None,
         "pattern": pattern,
         "layer_ratios": layer_ratios,
         "rank_ratio": rank_ratio,
@@ -129,11 +130,22 @@ def prune(
     }
     recipe = _recipe(model, _given(flags))
     shard = parse_size(shard_size)
+    from .job import Job, show
+    from .stages import several, with_recovery
+
     if dry_run:
-        raise typer.Exit(_show(recipe, shard, as_json))
+        raise typer.Exit(show(recipe, shard, as_json))
     assert output is not None
     where = options.where(device, compute_dtype, activations, batch_tokens, trust_remote_code)
-    _run(recipe, shard, output, where, force, as_json, quiet)
+    job = Job(shard, where, force, as_json, quiet)
+    if sparsity and len(sparsity) > 1:
+        if recover:
+            raise UsageError("--recover trains one result: give one --sparsity")
+        several(job, recipe, sparsity, output, _given(calibration))
+    elif recover:
+        with_recovery(job, recipe, output, recover, recover_tokens, _given(calibration))
+    else:
+        job.run(recipe, output)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -167,120 +179,3 @@ def _recipe(model: str, flags: dict[str, Any]) -> "PruneRecipe":
             )
         return read_recipe(Path(model))
     return parse_recipe({"model": model, **flags}, "command line")
-
-
-def _show(recipe: "PruneRecipe", shard: int, as_json: bool) -> int:
-    """Print a plan; the exit code tells whether it can be carried out."""
-    from wtool.console import emit, emit_json
-
-    from .planner import open_source, plan_matrices
-
-    source, statistics = open_source(recipe, headers_only=True)
-    if recipe.kind == "structure":
-        from .structural import plan_sizes
-
-        plan = plan_sizes(recipe, source, max_shard_bytes=shard)
-    else:
-        plan = plan_matrices(recipe, source, statistics, max_shard_bytes=shard).plan
-    if as_json:
-        emit_json({**plan.summary(1), **plan.about["summary"]})
-        return 3 if plan.problems else 0
-    emit(f"{recipe.model}: {_in_words(recipe, plan)}")
-    for warning in plan.warnings:
-        emit(f"warning: {warning}")
-    for problem in plan.problems:
-        emit(f"problem: {problem}")
-    emit("this plan cannot be carried out" if plan.problems else "no problem found")
-    return 3 if plan.problems else 0
-
-
-def _in_words(recipe: "PruneRecipe", plan: "Plan") -> str:
-    from wtool.console import human_bytes
-
-    told = plan.about["summary"]
-    sizes = f"{human_bytes(told['bytes_before'])} become {human_bytes(told['bytes_after'])}"
-    if recipe.kind == "structure":
-        changes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in told["sizes"].items())
-        return f"{changes}; {told['params_before']:,} parameters become {told['params_after']:,}, {sizes}"
-    if recipe.kind == "rank":
-        return f"{told['layers']} layers by {recipe.method} hold {told['ratio']:.1%} of their numbers; {sizes}"
-    same = (
-        ""
-        if recipe.pack or recipe.bits
-        else ": zeros take as much room and time as other numbers (--pack makes the files smaller)"
-    )
-    return (
-        f"{told['dropped']:,} of {told['weights']:,} weights of {told['layers']} layers ({told['sparsity']:.2%}) "
-        f"dropped by {recipe.method}, {recipe.asked}; {sizes}{same}"
-    )
-
-
-def _run(
-    recipe: "PruneRecipe", shard: int, output: Path, where: "Where", force: bool, as_json: bool, quiet: bool
-) -> None:
-    import time
-    from collections.abc import Callable
-    from contextlib import ExitStack
-
-    from wtool import console
-    from wtool.calibration_data.for_model import windows_asked
-
-    from .planner import open_source, plan_matrices
-    from .run import found_out, needs_text, run_matrices
-
-    begin = time.perf_counter()
-    source, statistics = open_source(recipe)
-    windows = None
-    if needs_text(recipe):
-        windows = windows_asked(source, recipe.calibration, trust_remote_code=where.trust_remote_code)
-        options.tell(windows, quiet)
-    with ExitStack() as stack:
-
-        def start(what: str, steps: int) -> Callable[[int], None]:
-            stack.close()
-            unit = "bytes" if windows is None else "batches"
-            return stack.enter_context(console.progress(what, steps, quiet=quiet, unit=unit))
-
-        if recipe.kind == "structure":
-            from .structural import run_sizes
-
-            plan, outcome = run_sizes(recipe, source, output, windows, where, start, force=force, shard=shard)
-        else:
-            found = found_out(recipe, source, statistics, windows, where, start)
-            made = plan_matrices(recipe, source, statistics, found, max_shard_bytes=shard)
-            for warning in () if quiet else made.plan.warnings:
-                console.warn(warning)
-            outcome = run_matrices(recipe, made, output, windows=windows, where=where, force=force, start=start)
-            plan = made.plan
-    _tell(recipe, plan, outcome, output, time.perf_counter() - begin, as_json)
-
-
-def _tell(recipe: "PruneRecipe", plan: "Plan", outcome: "Outcome", output: Path, seconds: float, as_json: bool) -> None:
-    import json
-
-    from wtool.console import emit, emit_json, human_bytes
-    from wtool.writer import MANIFEST
-
-    report = json.loads((output / MANIFEST).read_bytes()).get("report", {})
-    fallbacks = {name: entry["fallback"] for name, entry in report.items() if "fallback" in entry}
-    if as_json:
-        emit_json(
-            {
-                "output": str(output),
-                "already_there": outcome.already_there,
-                "resumed_bytes": outcome.resumed_bytes,
-                **plan.about["summary"],
-                "fallbacks": fallbacks,
-                "report": report,
-                "seconds": round(seconds, 3),
-                "warnings": list(plan.warnings),
-            }
-        )
-        return
-    if outcome.already_there:
-        emit(f"{output}: there already, made by this recipe from these inputs; nothing to do (--force makes it anew)")
-        return
-    resumed = f", {human_bytes(outcome.resumed_bytes)} of it from the run before" if outcome.resumed_bytes else ""
-    emit(f"{output}: {_in_words(recipe, plan)}; {seconds:.1f} s{resumed}")
-    for name, reason in fallbacks.items():
-        emit(f"not by {recipe.method}: {name}: {reason}")

@@ -48,7 +48,7 @@ def cut(
     for name, origin in view.origins.items():
         axes = slices(family, origin, shape, kept)
         if axes is not None:
-            _check_extents(source, family, origin, shape)
+            check_extents(source, family, origin, shape)
             factor = factors.get(origin, 1.0) * (scale or {}).get(origin, 1.0)
             offset = family.norm_offset if _is_norm(family, origin) else 0
             steps.append(_step(source, _renumbered(name, origin, kept), origin, axes, factor, offset))
@@ -97,7 +97,7 @@ def _renumbered(name: str, origin: str, kept: Kept) -> str:
     return ".".join(parts)
 
 
-def _check_extents(source: Checkpoint, family: Family, name: str, shape: Shape) -> None:
+def check_extents(source: Checkpoint, family: Family, name: str, shape: Shape) -> None:
     """Refuse a tensor that is not what config.json says, before it is cut in the wrong places."""
     info, expected = source.tensors[name], extents(family, name, shape)
     if not expected:

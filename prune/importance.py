@@ -16,10 +16,11 @@ from torch import Tensor
 from wtool.block_pass import Site, Visitor
 from wtool.checkpoint import Checkpoint
 from wtool.network import Block, Linear, Network, Read
-from wtool.statistics import Moments
+from wtool.statistics import Gram, Moments
 
 from .experts import Routing
 from .families import FAMILIES, Family
+from .rotate import unit
 from .structure import axes_of, place_of
 
 if TYPE_CHECKING:
@@ -41,19 +42,30 @@ class Importance:
     spread: dict[str, Tensor] = field(default_factory=dict)  # of norms: [hidden], mean of x_i² / mean of x²
     strengths: dict[int, Tensor] = field(default_factory=dict)  # of experts: mean of weight · |output|, [experts]
     visits: dict[int, Tensor] = field(default_factory=dict)  # of experts: tokens routed to each, [experts]
+    # where it was asked for: float32 [hidden, hidden], mean of x xᵀ over tokens x between blocks, |x|² = hidden each
+    second_moment: Tensor | None = None
 
 
-def observe(source: Checkpoint, windows: "Windows", where: "Where", start: Callable[[int], Progress]) -> Importance:
+def observe(
+    source: Checkpoint,
+    windows: "Windows",
+    where: "Where",
+    start: Callable[[int], Progress],
+    *,
+    second_moment: bool = False,
+) -> Importance:
     """Run a model on calibration text.
+
+    second_moment: whether to gather that of the residual stream
 
     raises: InputError
     """
     from wtool import calibrate
 
     network = calibrate.network(source, where)
-    visitor = _Observing(network, FAMILIES.get(str(source.config.get("model_type"))))
+    visitor = _Observing(network, FAMILIES.get(str(source.config.get("model_type"))), second_moment)
     calibrate.walk(network, windows.unpadded(), visitor, way="observe", where=where, start=start)
-    return visitor.found
+    return visitor.finish()
 
 
 class _Spread:
@@ -78,9 +90,11 @@ class _Spread:
 class _Observing(Visitor[Moments]):
     """Looks, and changes nothing."""
 
-    def __init__(self, network: Network, family: Family | None):
+    def __init__(self, network: Network, family: Family | None, second_moment: bool):
         self.found = Importance()
         self._network, self._family = network, family
+        self._asked = second_moment
+        self._stream: Gram | None = None
         self._cosines: list[Tensor] = []
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
@@ -141,8 +155,15 @@ class _Observing(Visitor[Moments]):
         self._cosines.append(torch.nn.functional.cosine_similarity(before, after, dim=-1).flatten().cpu())
         self._before.append(before[:, -1].cpu())
         self._after.append(after[:, -1].cpu())
+        self._add_to_stream(before)
         if block.index == len(self._network.blocks) - 1:
             self._last(after)
+            self._add_to_stream(after)
+
+    def finish(self) -> Importance:
+        """What was found, once the walk is over."""
+        self.found.second_moment = None if self._stream is None else self._stream.finish().cpu()
+        return self.found
 
     def _last(self, hidden: Tensor) -> None:
         """The norm after the last block."""
@@ -151,6 +172,11 @@ class _Observing(Visitor[Moments]):
                 norm = self._network.model.get_submodule(group.target.rpartition(".")[0])
                 centred = isinstance(norm, torch.nn.LayerNorm)
                 self._spreads.setdefault(group.sources[0], _Spread(centred)).add(hidden)
+
+    def _add_to_stream(self, hidden: Tensor) -> None:
+        if self._asked:
+            self._stream = self._stream or Gram(hidden.shape[-1], hidden.device)
+            self._stream.add(unit(hidden))
 
     def _axis(self, tensor: str) -> str | None:
         """What a linear's inputs are."""

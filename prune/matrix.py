@@ -67,7 +67,10 @@ def sparse(weight: Tensor, inputs: Fed, asked: Sparsity, recipe: PruneRecipe, sc
         )
         return Pruned(found.weight, found.keep, None, found.quantized, found.damping, found.fallback, notes)
     if METHODS[recipe.method].gathers != "nothing" and inputs.tokens == 0:
-        keep, fallback = magnitude_mask(weight, asked), "no token came to it: by magnitude"
+        fallback = "no token came to it: by magnitude"
+        unknown = torch.zeros(weight.shape[1], device=weight.device)  # counts as many of every row as ever
+        by_row = recipe.method == "wanda"
+        keep = wanda_mask(weight, unknown, asked) if by_row else magnitude_mask(weight, asked)
     elif recipe.method == "magnitude":
         keep = magnitude_mask(weight, asked)
     else:

@@ -91,6 +91,12 @@ class PruneRecipe(BaseModel):
         return "structure" if self.method is None else METHODS[self.method].kind
 
     @property
+    def by_text(self) -> bool:
+        """Whether it takes text to tell what of the structure stays."""
+        widths = any(getattr(self, name) is not None for name in (*SIZES[1:], "params"))
+        return widths or self.rotate or (isinstance(self.layers, int) and self.depth_score != "last")
+
+    @property
     def grid(self) -> Grid | None:
         """What the weights that stay are rounded to."""
         return None if self.bits is None else Grid(self.bits, self.group_size, self.symmetric)
@@ -117,11 +123,15 @@ class PruneRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "PruneRecipe":
+        if self.rotate and self.hidden is None:
+            raise UsageError("'rotate' turns the residual stream so that its last directions can go: give 'hidden' too")
         sizes = [key for key in (*SIZES, "params") if getattr(self, key) is not None]
         amounts = [key for key in ("sparsity", "pattern", "rank_ratio") if getattr(self, key) is not None]
         if self.method is None:
             if amounts:
                 raise UsageError(f"'{amounts[0]}' needs a method: one of {', '.join(METHODS)}")
+            if self.statistics is not None:
+                raise UsageError("statistics are for methods: which sizes to keep is found on calibration text")
             if not sizes:
                 raise UsageError(f"what is to go? give sizes to keep ({', '.join(SIZES)} or params), or a method")
             return self
@@ -134,6 +144,10 @@ class PruneRecipe(BaseModel):
             )
         if self.kind == "sparsity":
             return self._sparsity_fits()
+        if not 0 < (self.rank_ratio or 0) <= 1:
+            raise UsageError(
+                f"rank ratio {self.rank_ratio:g} is not a share of the parameters to keep, above 0 and at most 1"
+            )
         return self
 
     def _sparsity_fits(self) -> "PruneRecipe":

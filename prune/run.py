@@ -23,7 +23,11 @@ Start = Callable[[str, int], Progress]  # what is done, in how many steps
 
 def needs_text(recipe: PruneRecipe) -> bool:
     """Whether calibration text is needed."""
-    return recipe.statistics is None and (recipe.method is None or METHODS[recipe.method].gathers != "nothing")
+    if recipe.method is None:
+        return recipe.by_text
+    if recipe.statistics is not None:
+        return False
+    return METHODS[recipe.method].gathers != "nothing" or recipe.layer_ratios == "owl"
 
 
 def found_out(

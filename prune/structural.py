@@ -23,6 +23,8 @@ from .choice import WIDTHS, Start, by_importance, first, searched
 from .cut import cut
 from .families import FAMILIES, family_of
 from .recipe import PruneRecipe
+from .rotate import principal_directions
+from .rotated import Rotated
 from .structure import Kept, axes_of, place_of, shape_of, slices
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def plan_sizes(recipe: PruneRecipe, source: Checkpoint, *, max_shard_bytes: int 
 
     raises: UsageError, Mismatch
     """
-    return _plan(recipe, source, first(recipe, source), {}, max_shard_bytes)
+    seen = Rotated(source, None) if recipe.rotate else source
+    return _plan(recipe, seen, first(recipe, source), {}, max_shard_bytes)
 
 
 def run_sizes(
@@ -56,13 +59,19 @@ def run_sizes(
 
     raises: WtoolError; what was written is kept and continued by the same call
     """
-    assert windows is not None, "what stays is found on calibration text"
     plan_sizes(recipe, source).check()
+    if windows is None:
+        plan = _plan(recipe, source, by_importance(recipe, source, None, None, where, start), {}, shard)
+        return plan, run(plan, out, force=force, progress=start("cutting", plan.about["summary"]["bytes_after"]))
     asked, found = recipe, _importance(recipe, source, windows, where, start)
+    plain = source
+    if recipe.rotate:
+        assert found is not None
+        source, found = _rotated(recipe, source, found, windows, where, start)
     if recipe.params is not None:
         assert found is not None
         recipe = searched(recipe, source, found, windows, where, start)
-    kept = by_importance(recipe, source, found, windows, where, start)
+    kept = by_importance(recipe, plain, found, windows, where, start)  # which no rotation changes, but for its cost
     scale = _norm_factors(recipe, source, found, kept)
     plan = _plan(asked, source, kept, scale, shard)
     plan = replace(plan, recipe={**plan.recipe, "calibration": windows.record})
@@ -86,6 +95,11 @@ def _plan(
     recipe: PruneRecipe, source: Checkpoint, kept: Kept, scale: Mapping[str, float], max_shard_bytes: int
 ) -> Plan:
     steps, config = cut(source, kept, scale=scale)
+    told: dict[str, Any] = {"kept": _told(kept), **({"norms": dict(scale)} if scale else {})}
+    warnings: list[str] = []
+    if isinstance(source, Rotated):
+        steps, told["rotation"], warnings = source.steps(steps), source.digest, source.warnings(steps)
+        source = source.source
     record = recipe.model_dump(mode="json", exclude_none=True)
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}
     summary = _summary(source, steps, config)
@@ -96,7 +110,8 @@ def _plan(
         sources=(source,),
         steps=tuple(steps),
         files=files,
-        recipe={"prune": record, "kept": _told(kept), **({"norms": dict(scale)} if scale else {})},
+        recipe={"prune": record, **told},
+        warnings=warnings,
         about={"summary": summary},
         max_shard_bytes=max_shard_bytes,
     )
@@ -145,7 +160,23 @@ def _importance(
     by_state = isinstance(recipe.layers, int) and recipe.depth_score in ("block-influence", "angular")
     if recipe.params is None and not by_state and not any(getattr(recipe, name) is not None for name in WIDTHS):
         return None
-    return observe(source, windows, where, lambda steps: start("looking at the model", steps))
+    return observe(
+        source, windows, where, lambda steps: start("looking at the model", steps), second_moment=recipe.rotate
+    )
+
+
+def _rotated(
+    recipe: PruneRecipe, source: Checkpoint, found: "Importance", windows: "Windows", where: "Where", start: Start
+) -> "tuple[Rotated, Importance]":
+    """The model in its principal directions, and what was found, with what its norms see there."""
+    from .importance import observe
+
+    assert found.second_moment is not None
+    turned = Rotated(source, principal_directions(found.second_moment))
+    if not recipe.rescale_norms:
+        return turned, found
+    again = observe(turned, windows, where, lambda steps: start("looking at the rotated model", steps))
+    return turned, replace(found, spread=again.spread)
 
 
 def _norm_factors(recipe: PruneRecipe, source: Checkpoint, found: "Importance | None", kept: Kept) -> dict[str, float]:

@@ -1,0 +1,147 @@
+"""A model with its residual stream turned, read from the one as it is; turning is exact but for one rounding."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wtool.checkpoint.base import Checkpoint, FileIdentity
+from wtool.checkpoint.tied import embedding_name, head_name, is_tied
+from wtool.errors import UsageError
+from wtool.linear_names import LAYER
+from wtool.plan import Step, Told
+from wtool.writer import checksum
+
+from .cut import check_extents
+from .families import family_of
+from .rotate import turned
+from .structure import axes_of, place_of, shape_of
+
+HEAD = "lm_head.weight"
+TURNING = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3")
+_MEAN = "its norms take out the mean over channels, which is another one in other directions"
+_OUTPUT = "it has norms over what its blocks put out, whose weights cannot go into a matrix that reads them"
+_WHY_NOT = {"gpt2": _MEAN, "bert": _MEAN, "gemma3": _OUTPUT, "gemma3_text": _OUTPUT, "olmo2": _OUTPUT}
+
+
+class Rotated(Checkpoint):
+    """A view of a checkpoint as the same model with another basis of its residual stream.
+
+    The weights of norms are in the matrices that read them, and 1. A head that was tied to the embedding has a tensor
+    of its own, as the final norm's weight is in the one and not in the other.
+
+    directions: as `principal_directions` gives them; None where only headers are needed
+    raises: UsageError for a family that cannot be turned, Mismatch if tensors and config.json disagree, QuantizedInput
+    """
+
+    def __init__(self, source: Checkpoint, directions: Tensor | None):
+        kind = source.config.get("model_type")
+        self._family = family_of(source.config)
+        if kind not in TURNING:
+            raise UsageError(
+                f"{source.label}: a {kind} cannot be rotated: {_WHY_NOT.get(str(kind), 'its norms are not known here')}"
+                f"; those that can: {', '.join(TURNING)}"
+            )
+        self.source = source
+        self.label, self.revision, self.quantization = source.label, source.revision, source.quantization
+        self.files = source.files
+        self._directions = directions
+        shape = shape_of(source.config)
+        for name in source.tensors:
+            check_extents(source, self._family, name, shape)
+        self._embedding = _untied(source)
+        self.config = source.config if self._embedding is None else source.config | {"tie_word_embeddings": False}
+        head = {} if self._embedding is None else {HEAD: source.tensors[self._embedding]}
+        self.tensors = {**source.tensors, **head}
+        self._origins = {name: self._made_of(name) for name in self.tensors}
+
+    @property
+    def digest(self) -> str | None:
+        """Tells these directions from others."""
+        return None if self._directions is None else checksum(self._directions.contiguous())
+
+    def warnings(self, steps: Sequence[Step]) -> list[str]:
+        """What the user should know of steps that read this view."""
+        added = sum(info.elements for step in steps for name, info in step.outputs.items() if name == HEAD)
+        if self._embedding is None or not added:
+            return []
+        return [
+            f"{self.label}: the head is tied to the embedding, and in other directions it differs: a tensor of its own "
+            f"adds {added:,} parameters"
+        ]
+
+    def steps(self, steps: Sequence[Step]) -> list[Step]:
+        """Steps that read this view as source 0, made to read its source instead."""
+        return [self._step(step) for step in steps]
+
+    def _step(self, step: Step) -> Step:
+        ((_, name),) = step.reads
+        reads = tuple((0, origin) for origin in self._origins[name])
+        assert step.function is not None
+        return Step(reads, step.outputs, partial(_then, first=partial(self._made, name), second=step.function))
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise self.missing(name)
+        return self._made(name, *(self.source.read(origin) for origin in self._origins[name]))
+
+    def _made(self, name: str, stored: Tensor, gain: Tensor | None = None) -> Tensor:
+        """A tensor from what it is made of."""
+        axes = axes_of(self._family, name)
+        if "hidden" not in axes:
+            return stored
+        if _is_norm(axes, name):
+            return torch.ones_like(stored)
+        assert self._directions is not None, "only headers were asked for"
+        return turned(stored, self._directions, axis=axes.index("hidden"), gain=gain)
+
+    def _made_of(self, name: str) -> tuple[str, ...]:
+        """The source's tensors that one is made of: itself, and the norm that it reads the stream through."""
+        own = self._embedding if name == HEAD and self._embedding is not None else name
+        axes = axes_of(self._family, name)
+        if len(axes) < 2 or axes[-1] != "hidden" or name.endswith("embed_tokens.weight"):
+            return (own,)
+        norm = self._norm_before(name)
+        if norm not in self.source.tensors:
+            raise self.source.missing(norm)
+        return own, norm
+
+    def _norm_before(self, name: str) -> str:
+        if layer := LAYER.match(name):
+            norm = "input_layernorm" if ".self_attn." in name else "post_attention_layernorm"
+            return f"{name[: layer.end()]}{norm}.weight"
+        outside = (other for other in self.source.tensors if place_of(other)[0] < 0)
+        return next((other for other in outside if other.endswith("norm.weight")), "model.norm.weight")
+
+    def prefetch(self, name: str) -> None:
+        for origin in self._origins[name]:
+            self.source.prefetch(origin)
+
+    def forget(self, name: str) -> None:
+        for origin in self._origins[name]:
+            self.source.forget(origin)
+
+    def identity(self) -> list[FileIdentity]:
+        return self.source.identity()
+
+    def folders(self) -> list[Path]:
+        return self.source.folders()
+
+
+def _then(*tensors: Tensor, first: Callable[..., Tensor], second: Callable[..., Any]) -> Tensor | Told:
+    return second(first(*tensors))
+
+
+def _is_norm(axes: tuple[str, ...], name: str) -> bool:
+    return axes == ("hidden",) and not name.endswith(".bias")
+
+
+def _untied(source: Checkpoint) -> str | None:
+    """The embedding that a head of its own is to be made from; None where the head has a tensor or there is no head."""
+    has_head = all("CausalLM" in name for name in source.config.get("architectures") or ())
+    if not has_head or not is_tied(source.config) or head_name(source.tensors) is not None:
+        return None
+    return embedding_name(source.tensors)
