@@ -7,19 +7,25 @@ from typing import Any
 import yaml
 
 NAMED = 30  # tensors of one reason told by name
+DONE = {"quantize": "quantized", "merge": "merged", "prune": "pruned", "distill": "distilled"}
 CALIBRATION = ("samples", "length", "tokens", "seed", "sources", "ids_xxh3")  # what is told of the text
 
 
 def sentence(manifest: Mapping[str, Any]) -> str:
     """What was done to what, in a line."""
-    _, record = request(manifest)
+    verb, record = request(manifest)
     method, bits, width = (record.get(key) for key in ("method", "bits", "group_size"))
     names = [str(each.get("checkpoint")) for each in _inputs(manifest)]
     by = f" by {method or record.get('merge_method')}" if method or record.get("merge_method") else ""
-    if bits is None:
-        return f"{', '.join(names) or 'unnamed inputs'}, made{by}"
+    if bits is None or verb == "prune":
+        return f"{', '.join(names) or 'unnamed inputs'}, {DONE.get(verb, 'made')}{by}"
     groups = "" if width is None else ", a scale a row" if width == -1 else f", groups of {width}"
     return f"{', '.join(names[:1]) or 'an unnamed input'}, quantized{by} to {bits} bits{groups}"
+
+
+def done(manifest: Mapping[str, Any]) -> str:
+    """What was done, in a word."""
+    return DONE.get(request(manifest)[0], "made")
 
 
 def request(manifest: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -27,7 +33,7 @@ def request(manifest: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     recipe = manifest.get("recipe")
     if not isinstance(recipe, Mapping):
         return "", {}
-    for verb in ("quantize", "merge"):
+    for verb in DONE:
         if isinstance(recipe.get(verb), Mapping):
             return verb, recipe[verb]
     return "", recipe

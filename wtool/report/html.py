@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from wtool.console import human_bytes
-from wtool.report import asked, errors
+from wtool.report import asked, curves, errors
 from wtool.report.figures import Linear, linears, middle
 from wtool.report.style import CSS
 
@@ -26,6 +26,7 @@ def report_html(manifest: Mapping[str, Any], *, name: str) -> str:
         f"<h1>{escape(name)}</h1>",
         f'<p class="soft">{escape(asked.sentence(manifest))}</p>',
         _tiles(manifest, found),
+        curves.pictures(manifest),
         _pair(errors.pictures(found), errors.worst_table(found) + errors.fallbacks(found) + asked.left(manifest)),
         _pair(asked.table(manifest), asked.again(manifest)),
         errors.all_linears(found),
@@ -49,9 +50,9 @@ def _pair(first: str, second: str) -> str:
 
 def _tiles(manifest: Mapping[str, Any], found: Sequence[Linear]) -> str:
     """The few figures that matter most."""
-    tiles = [*_sizes(manifest.get("summary")), *_middles(found)]
+    tiles = [*_sizes(manifest.get("summary")), *curves.tiles(manifest), *_middles(found, asked.done(manifest))]
     if fallen := sum(bool(each.fallback) for each in found):
-        tiles.append((f"{fallen:,}", "rounded only, see below"))
+        tiles.append((f"{fallen:,}", "not by the method, see below"))
     cells = [f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles]
     return f'<div class="tiles">{"".join(cells)}</div>' if tiles else ""
 
@@ -63,13 +64,16 @@ def _sizes(summary: Any) -> list[tuple[str, str]]:
     before, after, bits = (summary.get(key) for key in ("bytes_before", "bytes_after", "bits_per_weight"))
     if before and after:
         tiles.append((human_bytes(after), f"of weights, {after / before:.0%} of the {human_bytes(before)} before"))
+    sparsity = summary.get("sparsity")
+    if isinstance(sparsity, (int, float)):
+        tiles.append((f"{sparsity:.1%}", "of the pruned layers' weights are 0"))
     if isinstance(bits, (int, float)):
         tiles.append((f"{bits:.2f} bits", "a quantized weight, scales included"))
     return tiles
 
 
-def _middles(found: Sequence[Linear]) -> list[tuple[str, str]]:
-    tiles = [(f"{len(found):,}", "linear layers quantized")] if found else []
+def _middles(found: Sequence[Linear], done: str) -> list[tuple[str, str]]:
+    tiles = [(f"{len(found):,}", f"linear layers {done}")] if found else []
     of_output, gain = middle([each.output_error for each in found]), middle([each.gain for each in found])
     of_weight = middle([each.weight_error for each in found])
     if of_output is not None:

@@ -53,6 +53,9 @@ summary{{cursor:pointer}}
 .heatmap .block{{text-anchor:end}}
 .heatmap rect{{stroke:var(--line);stroke-width:.5}}
 .heatmap g:hover rect{{stroke:var(--ink);stroke-width:1.5}}
+.curves{{display:grid;gap:6px 18px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}}
+.curve .line{{fill:none;stroke:var(--mark);stroke-width:2;stroke-linejoin:round}}
+.curve .grid{{stroke:var(--line);stroke-width:1;fill:none}}
 .mark{{fill:var(--mark);stroke:var(--card);stroke-width:1}}
 rect.none{{fill:none}}
 rect.bad{{fill:var(--bad)}}

@@ -160,7 +160,7 @@ def test_a_manifest_of_nothing_is_a_page() -> None:
 def test_a_merge_has_a_page_too() -> None:
     recipe = {"merge": {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}}
     page = Page(report_html({"recipe": recipe, "inputs": [{"checkpoint": "a"}, {"checkpoint": "b"}]}, name="out"))
-    assert "a, b, made by linear" in page.texts["p"]
+    assert "a, b, merged by linear" in page.texts["p"]
     assert page.texts["pre"][1] == "wtool merge recipe.yml -o OUT"
 
 
