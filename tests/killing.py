@@ -13,7 +13,12 @@ PRELOADED = [
     "wtool.evaluate",
     "quant.calibrated",
     "quant.cli",
+    "prune.job",
+    "prune.structural",
+    "distill.run",
+    "distill.cli",
     "compressed_tensors",
+    "transformers.trainer",
     "transformers.models.llama.modeling_llama",
 ]
 

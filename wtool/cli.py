@@ -21,6 +21,9 @@ INTERRUPTED = 130  # the exit code that typer gives to Ctrl-C
 VERBS: dict[str, tuple[str, str]] = {
     "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE"),
     "quantize": ("quant.cli:app", "quantize a checkpoint: GPTQ, or rounding alone"),
+    "prune": ("prune.cli:app", "make a checkpoint smaller or sparse: depth, width, experts, weights, rank"),
+    "distill": ("distill.cli:app", "train a student to say what its teacher says"),
+    "teacher-cache": ("distill.cli:cache_app", "keep what a teacher says of a text, for students to come"),
     "calibrate": ("wtool.commands.calibrate:app", "gather statistics once, for any quantization to start from"),
     "inspect": ("wtool.commands.inspect:app", "what a checkpoint holds: tensors, types, sizes, configuration"),
     "diff": ("wtool.commands.diff:app", "how far two checkpoints are apart, tensor by tensor"),
