@@ -16,7 +16,7 @@ from .layers import Layer, blocks_of, layers_to_prune
 from .lowrank import allocate, spectrum
 from .matrix import Fed, fed
 from .owl import outlier_share, owl_shares
-from .planner import Found
+from .planner import Found, check_finite
 from .recipe import METHODS, PruneRecipe
 
 if TYPE_CHECKING:
@@ -154,4 +154,5 @@ class _Looking(Visitor[Any]):
 
 def _matrix(source: Checkpoint, layer: Layer) -> Tensor:
     stored = source.read(layer.linear.tensor)
+    check_finite(stored, layer.linear.tensor)
     return stored.T if layer.linear.transposed else stored

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WIDTHS = ("hidden", "ffn", "heads", "kv_heads", "experts", "expert_ffn")
 TOKENS = 4096  # that losses without some layers are measured on
+TOGETHER = 8  # rows of 16 bytes, which torch's grouped product of experts demands
 Start = Callable[[str, int], Callable[[int], None]]
 Choose = Callable[[str, Any, int, int], tuple[int, ...]]  # of what, where, of how many, how many
 
@@ -44,7 +45,22 @@ def first(recipe: PruneRecipe, source: Checkpoint) -> Kept:
     layers = tuple(range(keep)) if recipe.layers is None or isinstance(recipe.layers, int) else recipe.layers
     if not any(getattr(recipe, name) is not None for name in WIDTHS):
         return Kept(layers)
-    return _with_widths(recipe, source, layers, lambda what, key, size, keep: tuple(range(keep)))
+    shape = shape_of(source.config)
+
+    def choose(what: str, place: Any, size: int, keep: int) -> tuple[int, ...]:
+        return _first_heads(shape, keep) if what == "heads" else tuple(range(keep))
+
+    return _with_widths(recipe, source, layers, choose)
+
+
+def _first_heads(shape: Shape, keep: int) -> tuple[int, ...]:
+    """As many query heads of every key-value head; where each has its own, these go together."""
+    group = shape.heads // shape.kv_heads
+    return (
+        tuple(range(keep))
+        if group == 1
+        else tuple(head for head in range(shape.heads) if head % group < keep // shape.kv_heads)
+    )
 
 
 def _with_widths(recipe: PruneRecipe, source: Checkpoint, layers: tuple[int, ...], choose: Choose) -> Kept:
@@ -83,13 +99,24 @@ def _check_size(source: Checkpoint, recipe: PruneRecipe, shape: Shape, name: str
         raise UsageError(f"{source.label}: a {source.config.get('model_type')} has no {name}")
     if keep > size:
         raise UsageError(f"{source.label}: has {name} {size}, of which {keep} cannot be kept")
-    if name == "heads" and recipe.kv_heads is None and keep % shape.kv_heads:
+    if name == "ffn" and not shape.dense:
+        raise UsageError(f"{source.label}: all its feed-forward blocks are of experts; their channels are --expert-ffn")
+    if name in ("hidden", "expert_ffn") and shape.experts and keep % TOGETHER:
+        raise UsageError(
+            f"{source.label}: transformers multiplies experts by {TOGETHER} channels; {name} {keep} is no multiple"
+        )
+    if name == "heads":
+        _check_heads(source, shape, keep, recipe.kv_heads)
+
+
+def _check_heads(source: Checkpoint, shape: Shape, keep: int, kv_heads: int | None) -> None:
+    each = shape.heads // shape.kv_heads
+    if kv_heads in (None, shape.kv_heads) and each > 1 and keep % shape.kv_heads:
         raise UsageError(
             f"{source.label}: {keep} heads cannot be shared out evenly over {shape.kv_heads} key-value heads; "
             f"take a multiple of {shape.kv_heads}, or --kv-heads"
         )
-    if name == "heads" and recipe.kv_heads is not None and keep != recipe.kv_heads * (shape.heads // shape.kv_heads):
-        each = shape.heads // shape.kv_heads
+    if kv_heads not in (None, shape.kv_heads) and keep != kv_heads * each:
         raise UsageError(f"{source.label}: key-value heads go with their {each} query heads each; leave out --heads")
 
 
@@ -125,11 +152,9 @@ def by_importance(
             return width.highest(scores[place], keep)
         energies = [importance.energies[name] for name in fed["heads" if "heads" in what else what][place]]
         energy = torch.stack(energies).sum(0)
-        if what == "heads":
+        if what == "heads" and shape.heads > shape.kv_heads:
             return width.heads(energy, size, shape.kv_heads, keep)
-        return (width.key_value_heads if what == "kv_heads" else lambda e, n, k: width.highest(e, k))(
-            energy, size, keep
-        )
+        return (width.key_value_heads if "heads" in what else lambda e, n, k: width.highest(e, k))(energy, size, keep)
 
     return _with_widths(recipe, source, layers, choose)
 

@@ -53,30 +53,33 @@ def observe(
     start: Callable[[int], Progress],
     *,
     second_moment: bool = False,
+    directions: Tensor | None = None,
 ) -> Importance:
     """Run a model on calibration text.
 
     second_moment: whether to gather that of the residual stream
+    directions:    [hidden, hidden], one a column, in the place of channels where norms' inputs are shared out
 
     raises: InputError
     """
     from wtool import calibrate
 
     network = calibrate.network(source, where)
-    visitor = _Observing(network, FAMILIES.get(str(source.config.get("model_type"))), second_moment)
+    visitor = _Observing(network, FAMILIES.get(str(source.config.get("model_type"))), second_moment, directions)
     calibrate.walk(network, windows.unpadded(), visitor, way="observe", where=where, start=start)
-    return visitor.finish()
+    return visitor.found
 
 
 class _Spread:
     """How a norm's input is shared out over channels, token by token."""
 
-    def __init__(self, centred: bool) -> None:
-        self._centred, self._sum, self._tokens = centred, None, 0
+    def __init__(self, centred: bool, directions: Tensor | None) -> None:
+        self._centred, self._directions, self._sum, self._tokens = centred, directions, None, 0
 
     def add(self, inputs: Tensor, *_: Any, **__: Any) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         rows = rows - rows.mean(1, keepdim=True) if self._centred else rows
+        rows = rows if self._directions is None else rows @ self._directions
         squares = rows.square()
         shares = (squares / squares.mean(1, keepdim=True).clamp(min=1e-30)).sum(0, dtype=torch.float64)
         self._sum = shares if self._sum is None else self._sum + shares
@@ -90,10 +93,11 @@ class _Spread:
 class _Observing(Visitor[Moments]):
     """Looks, and changes nothing."""
 
-    def __init__(self, network: Network, family: Family | None, second_moment: bool):
+    def __init__(self, network: Network, family: Family | None, second_moment: bool, directions: Tensor | None):
         self.found = Importance()
         self._network, self._family = network, family
         self._asked = second_moment
+        self._directions = None if directions is None else directions.to(network.device, torch.float32)
         self._stream: Gram | None = None
         self._cosines: list[Tensor] = []
         self._before: list[Tensor] = []
@@ -129,7 +133,7 @@ class _Observing(Visitor[Moments]):
             watched[name] = self._routing.met
         for name, module in block.module.named_modules():
             if isinstance(getattr(module, "weight", None), Tensor) and "norm" in type(module).__name__.lower():
-                spread = _Spread(isinstance(module, torch.nn.LayerNorm))
+                spread = self._spread_of(module)
                 path = f"{block.name}.{name}"
                 self._spreads[self._stored(block, f"{path}.weight")] = spread
                 watched[path] = spread.add
@@ -147,6 +151,8 @@ class _Observing(Visitor[Moments]):
         if self._routing is not None:
             count = max(linear.slot.expert or 0 for linear in block.linears) + 1
             self.found.strengths[number], self.found.visits[number] = self._routing.told(count)
+        if self._stream is not None and number == len(self._network.blocks) - 1:
+            self.found.second_moment = self._stream.finish().cpu()
         self._cosines, self._before, self._after, self._spreads = [], [], [], {}
         return {}
 
@@ -160,18 +166,16 @@ class _Observing(Visitor[Moments]):
             self._last(after)
             self._add_to_stream(after)
 
-    def finish(self) -> Importance:
-        """What was found, once the walk is over."""
-        self.found.second_moment = None if self._stream is None else self._stream.finish().cpu()
-        return self.found
-
     def _last(self, hidden: Tensor) -> None:
         """The norm after the last block."""
         for group in self._network.rest:
             if place_of(group.target)[0] < 0 and group.target.endswith(("norm.weight", "ln_f.weight")):
                 norm = self._network.model.get_submodule(group.target.rpartition(".")[0])
-                centred = isinstance(norm, torch.nn.LayerNorm)
-                self._spreads.setdefault(group.sources[0], _Spread(centred)).add(hidden)
+                self._spreads.setdefault(group.sources[0], self._spread_of(norm)).add(hidden)
+
+    def _spread_of(self, norm: Any) -> _Spread:
+        over_stream = self._directions is not None and len(self._directions) == norm.weight.numel()
+        return _Spread(isinstance(norm, torch.nn.LayerNorm), self._directions if over_stream else None)
 
     def _add_to_stream(self, hidden: Tensor) -> None:
         if self._asked:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wtool import console, options
+from wtool.checkpoint import Checkpoint
 from wtool.console import emit, emit_json, human_bytes
 from wtool.executors.local import Outcome
 from wtool.plan import Plan
+from wtool.statistics_folder import Statistics
 from wtool.writer import MANIFEST
 
 from .planner import open_source, plan_matrices
@@ -48,6 +50,7 @@ class Job:
 
         begin = time.perf_counter()
         source, statistics = open_source(recipe)
+        _planned(recipe, source, statistics, self.shard).check()  # before any text is read
         windows = None
         if needs_text(recipe):
             windows = windows_asked(source, recipe.calibration, trust_remote_code=self.where.trust_remote_code)
@@ -77,15 +80,21 @@ class Job:
         return plan, outcome, time.perf_counter() - begin
 
 
-def show(recipe: PruneRecipe, shard: int, as_json: bool) -> int:
-    """Print a plan; the exit code tells whether it can be carried out."""
-    source, statistics = open_source(recipe, headers_only=True)
+def _planned(recipe: PruneRecipe, source: Checkpoint, statistics: Statistics | None, shard: int) -> Plan:
+    """The plan as far as headers tell it.
+
+    raises: WtoolError
+    """
     if recipe.kind == "structure":
         from .structural import plan_sizes
 
-        plan = plan_sizes(recipe, source, max_shard_bytes=shard)
-    else:
-        plan = plan_matrices(recipe, source, statistics, max_shard_bytes=shard).plan
+        return plan_sizes(recipe, source, max_shard_bytes=shard)
+    return plan_matrices(recipe, source, statistics, max_shard_bytes=shard).plan
+
+
+def show(recipe: PruneRecipe, shard: int, as_json: bool) -> int:
+    """Print a plan; the exit code tells whether it can be carried out."""
+    plan = _planned(recipe, *open_source(recipe, headers_only=True), shard)
     if as_json:
         emit_json({**plan.summary(1), **plan.about["summary"]})
         return 3 if plan.problems else 0
@@ -103,7 +112,8 @@ def in_words(recipe: PruneRecipe, plan: Plan) -> str:
     sizes = f"{human_bytes(told['bytes_before'])} become {human_bytes(told['bytes_after'])}"
     if recipe.kind == "structure":
         changes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in told["sizes"].items())
-        return f"{changes}; {told['params_before']:,} parameters become {told['params_after']:,}, {sizes}"
+        params = f"{told['params_before']:,} parameters become {told['params_after']:,}"
+        return f"{changes or 'no size changes'}; {params}, {sizes}"
     if recipe.kind == "rank":
         return f"{told['layers']} layers by {recipe.method} hold {told['ratio']:.1%} of their numbers; {sizes}"
     same = (
@@ -140,4 +150,4 @@ def _tell(recipe: PruneRecipe, plan: Plan, outcome: Outcome, output: Path, secon
     resumed = f", {human_bytes(outcome.resumed_bytes)} of it from the run before" if outcome.resumed_bytes else ""
     emit(f"{output}: {in_words(recipe, plan)}; {seconds:.1f} s{resumed}")
     for name, reason in fallbacks.items():
-        emit(f"not by {recipe.method}: {name}: {reason}")
+        emit(f"not {f'by {recipe.method}' if recipe.method else 'fitted'}: {name}: {reason}")

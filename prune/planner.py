@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from wtool.checkpoint import Checkpoint, open_checkpoint
-from wtool.errors import UsageError
+from wtool.errors import RuntimeProblem, UsageError
+from wtool.finite import first_nonfinite
 from wtool.formats import bitmask, low_rank
 from wtool.linear_names import plain_modules
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
@@ -124,10 +125,18 @@ def _from_statistics(stored: Tensor, gram: Tensor, *, recipe: PruneRecipe, layer
 
 
 def _told(stored: Tensor, inputs: Fed, recipe: PruneRecipe, layer: Layer) -> Told:
+    check_finite(stored, layer.linear.tensor)
     weight = stored.T if layer.linear.transposed else stored
     pruned = prune(weight, inputs, layer, recipe)
     tensors = layer.encode(pruned)
     return Told(tuple(tensors.values()), {layer.linear.module: explain(weight, pruned, inputs)})
+
+
+def check_finite(stored: Tensor, name: str) -> None:
+    """Refuse weights that have no order. raises: RuntimeProblem"""
+    if (element := first_nonfinite(stored)) is not None:
+        value = stored.reshape(-1)[element].item()
+        raise RuntimeProblem(f"tensor '{name}' has {value} at element {element}; --ignore leaves a module as it is")
 
 
 def _config(

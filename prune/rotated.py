@@ -1,7 +1,7 @@
 """A model with its residual stream turned, read from the one as it is; turning is exact but for one rounding."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from wtool.checkpoint.base import Checkpoint, FileIdentity
-from wtool.checkpoint.tied import embedding_name, head_name, is_tied
+from wtool.checkpoint.tied import head_name, is_tied
 from wtool.errors import UsageError
 from wtool.linear_names import LAYER
 from wtool.plan import Step, Told
 from wtool.writer import checksum
 
 from .cut import check_extents
-from .families import family_of
+from .families import Family, family_of
 from .rotate import turned
 from .structure import axes_of, place_of, shape_of
 
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 TURNING = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3")
 _MEAN = "its norms take out the mean over channels, which is another one in other directions"
 _OUTPUT = "it has norms over what its blocks put out, whose weights cannot go into a matrix that reads them"
@@ -38,22 +38,15 @@ class Rotated(Checkpoint):
     """
 
     def __init__(self, source: Checkpoint, directions: Tensor | None):
-        kind = source.config.get("model_type")
         self._family = family_of(source.config)
-        if kind not in TURNING:
-            raise UsageError(
-                f"{source.label}: a {kind} cannot be rotated: {_WHY_NOT.get(str(kind), 'its norms are not known here')}"
-                f"; those that can: {', '.join(TURNING)}"
-            )
+        _check(source, self._family)
         self.source = source
         self.label, self.revision, self.quantization = source.label, source.revision, source.quantization
         self.files = source.files
         self._directions = directions
-        shape = shape_of(source.config)
-        for name in source.tensors:
-            check_extents(source, self._family, name, shape)
-        self._embedding = _untied(source)
-        self.config = source.config if self._embedding is None else source.config | {"tie_word_embeddings": False}
+        tied = is_tied(source.config) and all("CausalLM" in kind for kind in source.config.get("architectures") or ())
+        self.config = source.config | ({"tie_word_embeddings": False} if tied else {})
+        self._embedding = _embedding(source) if tied and head_name(source.tensors) is None else None
         head = {} if self._embedding is None else {HEAD: source.tensors[self._embedding]}
         self.tensors = {**source.tensors, **head}
         self._origins = {name: self._made_of(name) for name in self.tensors}
@@ -86,7 +79,15 @@ class Rotated(Checkpoint):
     def read(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise self.missing(name)
+        return self._embedded if name.endswith(EMBEDDING) else self._read(name)
+
+    def _read(self, name: str) -> Tensor:
         return self._made(name, *(self.source.read(origin) for origin in self._origins[name]))
+
+    @cached_property
+    def _embedded(self) -> Tensor:
+        """The embedding, held: a walk reads it for every batch, for some rows, and turning it takes long."""
+        return self._read(_embedding(self.source))
 
     def _made(self, name: str, stored: Tensor, gain: Tensor | None = None) -> Tensor:
         """A tensor from what it is made of."""
@@ -100,9 +101,9 @@ class Rotated(Checkpoint):
 
     def _made_of(self, name: str) -> tuple[str, ...]:
         """The source's tensors that one is made of: itself, and the norm that it reads the stream through."""
-        own = self._embedding if name == HEAD and self._embedding is not None else name
+        own = self._embedding if self._embedding and name == HEAD else name
         axes = axes_of(self._family, name)
-        if len(axes) < 2 or axes[-1] != "hidden" or name.endswith("embed_tokens.weight"):
+        if len(axes) < 2 or axes[-1] != "hidden" or name.endswith(EMBEDDING):
             return (own,)
         norm = self._norm_before(name)
         if norm not in self.source.tensors:
@@ -139,9 +140,21 @@ def _is_norm(axes: tuple[str, ...], name: str) -> bool:
     return axes == ("hidden",) and not name.endswith(".bias")
 
 
-def _untied(source: Checkpoint) -> str | None:
-    """The embedding that a head of its own is to be made from; None where the head has a tensor or there is no head."""
-    has_head = all("CausalLM" in name for name in source.config.get("architectures") or ())
-    if not has_head or not is_tied(source.config) or head_name(source.tensors) is not None:
-        return None
-    return embedding_name(source.tensors)
+def _check(source: Checkpoint, family: Family) -> None:
+    """Refuse what cannot be turned."""
+    kind = source.config.get("model_type")
+    if kind not in TURNING:
+        raise UsageError(
+            f"{source.label}: a {kind} cannot be rotated: {_WHY_NOT.get(str(kind), 'its norms are not known here')}"
+            f"; those that can: {', '.join(TURNING)}"
+        )
+    shape = shape_of(source.config)
+    for name in source.tensors:
+        check_extents(source, family, name, shape)
+
+
+def _embedding(source: Checkpoint) -> str:
+    for name in source.tensors:
+        if name.endswith(EMBEDDING):
+            return name
+    raise source.missing(f"model.{EMBEDDING}")

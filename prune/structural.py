@@ -64,18 +64,18 @@ def run_sizes(
         plan = _plan(recipe, source, by_importance(recipe, source, None, None, where, start), {}, shard)
         return plan, run(plan, out, force=force, progress=start("cutting", plan.about["summary"]["bytes_after"]))
     asked, found = recipe, _importance(recipe, source, windows, where, start)
-    plain = source
+    seen = source
     if recipe.rotate:
         assert found is not None
-        source, found = _rotated(recipe, source, found, windows, where, start)
+        seen, found = _rotated(recipe, source, found, windows, where, start)
     if recipe.params is not None:
         assert found is not None
-        recipe = searched(recipe, source, found, windows, where, start)
-    kept = by_importance(recipe, plain, found, windows, where, start)  # which no rotation changes, but for its cost
-    scale = _norm_factors(recipe, source, found, kept)
-    plan = _plan(asked, source, kept, scale, shard)
+        recipe = searched(recipe, seen, found, windows, where, start)
+    kept = by_importance(recipe, source, found, windows, where, start)  # which a rotation would only make slower
+    scale = _norm_factors(recipe, seen, found, kept)
+    plan = _plan(asked, seen, kept, scale, shard)
     plan = replace(plan, recipe={**plan.recipe, "calibration": windows.record})
-    fitted = _fitted(recipe, source, kept) if recipe.compensate else {}
+    fitted = _fitted(recipe, seen, kept) if recipe.compensate else {}
     if not fitted:
         whole = sum(info.nbytes for info in plan.outputs.values())
         return plan, run(plan, out, force=force, progress=start("cutting", whole))
@@ -86,7 +86,7 @@ def run_sizes(
     plan = replace(plan, steps=steps)
 
     def walk(writer: Writer) -> None:
-        _compensate(source, kept, fitted, windows, writer, where, start)
+        _compensate(seen, kept, fitted, windows, writer, where, start)
 
     return plan, run(plan, out, force=force, walk=walk)
 
@@ -172,10 +172,11 @@ def _rotated(
     from .importance import observe
 
     assert found.second_moment is not None
-    turned = Rotated(source, principal_directions(found.second_moment))
+    directions = principal_directions(found.second_moment)
+    turned = Rotated(source, directions)
     if not recipe.rescale_norms:
         return turned, found
-    again = observe(turned, windows, where, lambda steps: start("looking at the rotated model", steps))
+    again = observe(source, windows, where, lambda steps: start("looking again", steps), directions=directions)
     return turned, replace(found, spread=again.spread)
 
 

@@ -5,7 +5,7 @@ import quantization_definitions as definition
 import torch
 
 from wtool.errors import RuntimeProblem
-from wtool.statistics import Gram, factor, relative_errors
+from wtool.statistics import Gram, Moments, factor, relative_errors
 
 
 def mean_of_products(rows):
@@ -181,3 +181,42 @@ def test_relative_errors_are_those_of_the_tokens():
     ).norm()
     assert found[2].output == pytest.approx(expected.item(), rel=1e-4)
     assert relative_errors(torch.zeros(2, 9), gram, [torch.zeros(2, 9)])[0].output == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("features", [1, 5, 70])
+def test_moments_are_the_gram_matrix_s_diagonal_and_the_means_of_sizes(features, dtype):
+    generator = torch.Generator().manual_seed(features)
+    batches = [torch.randn(2, tokens, features, generator=generator).to(dtype) for tokens in (1, 6, 3)]
+    moments = Moments(features)
+    for batch in batches:
+        moments.add(batch)
+    rows = torch.cat([batch.reshape(-1, features) for batch in batches]).double()
+    assert (moments.tokens, moments.dropped) == (20, 0)
+    torch.testing.assert_close(moments.mean_square, gathered(batches, features).finish().diagonal())
+    torch.testing.assert_close(moments.mean_square.double(), rows.square().mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(moments.mean_absolute.double(), rows.abs().mean(0), rtol=1e-5, atol=1e-7)
+    assert moments.mean_square.dtype == moments.mean_absolute.dtype == torch.float32
+
+
+def test_moments_leave_out_tokens_that_are_masked_or_not_finite():
+    inputs = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 1:] = False
+    inputs[0, 2] = math.nan  # masked anyway
+    inputs[1, 0, 3], inputs[2, 3, 7] = math.nan, -math.inf
+    moments, gram = Moments(8), gathered([inputs], 8, [mask])
+    moments.add(inputs, mask)
+    assert (moments.tokens, moments.dropped) == (gram.tokens, gram.dropped) == (7, 2)
+    torch.testing.assert_close(moments.mean_square, gram.finish().diagonal())
+    assert moments.mean_absolute.isfinite().all()
+
+
+def test_moments_of_no_token_are_zeros_and_many_small_squares_are_not_lost():
+    assert not Moments(4).mean_square.any() and not Moments(4).mean_absolute.any()
+    moments = Moments(1)
+    for _ in range(200):
+        moments.add(torch.full((4096, 1), 3e-3, dtype=torch.bfloat16))
+    value = torch.tensor(3e-3, dtype=torch.bfloat16).item()
+    assert moments.mean_square.item() == pytest.approx(value**2, rel=1e-5)
+    assert moments.mean_absolute.item() == pytest.approx(value, rel=1e-5)
