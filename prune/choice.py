@@ -256,10 +256,17 @@ def searched(
     base = loss(whole)
     costs = search.Costs(
         {shape.layers: 0.0, **{shape.layers - i: value - base for i, (_, value) in enumerate(order, 1)}},
-        {size: loss(replace(whole, inner=size)) - base for size in search.widths(whole.inner or 1, shape.top_k or 1)},
+        {size: loss(replace(whole, inner=size)) - base for size in search.widths(whole.inner, shape.top_k or 1)},
         {size: loss(replace(whole, kv_heads=size)) - base for size in _fitting_heads(source, recipe, shape)},
     )
-    return sized(search.best(costs, search.parameter_count(count, whole), recipe.params, loss))
+    return sized(
+        search.best(
+            costs,
+            search.parameter_count(count, whole, search.Sizes(1, min(costs.inner), min(costs.kv_heads))),
+            recipe.params,
+            loss,
+        )
+    )
 
 
 def _fitting_heads(source: Checkpoint, recipe: PruneRecipe, shape: Shape) -> list[int]:

@@ -6,7 +6,7 @@ of all combinations within the budget the few with the lowest sum are measured t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from wtool.errors import UsageError
@@ -18,11 +18,11 @@ DEEPEST = 0.5  # share of the layers that may go
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes to keep; None for what the family does not have."""
+    """Sizes to keep."""
 
     layers: int
-    inner: int | None  # ffn channels, or experts where layers have these
-    kv_heads: int | None
+    inner: int  # ffn channels, or experts where layers have these
+    kv_heads: int
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Costs:
     """The rise of the loss by each cut alone, in nats per token."""
 
     layers: Mapping[int, float]
-    inner: Mapping[int | None, float]
-    kv_heads: Mapping[int | None, float]
+    inner: Mapping[int, float]
+    kv_heads: Mapping[int, float]
 
     def of(self, sizes: Sizes) -> float:
         return self.layers[sizes.layers] + self.inner[sizes.inner] + self.kv_heads[sizes.kv_heads]
@@ -72,27 +72,27 @@ def _all(costs: Costs) -> Iterator[Sizes]:
     return (Sizes(*each) for each in product(costs.layers, costs.inner, costs.kv_heads))
 
 
-def parameter_count(count: Callable[[Sizes], int], whole: Sizes) -> Callable[[Sizes], int]:
+def parameter_count(count: Callable[[Sizes], int], whole: Sizes, least: Sizes) -> Callable[[Sizes], int]:
     """The parameters as a function of sizes, from a few counts: outside + layers · (a + b · inner + c · heads).
 
     count: of a model with these sizes, exact and slow
+    least: the smallest sizes that can be counted
     """
-    one = Sizes(1, whole.inner, whole.kv_heads)
-    per_layer = (count(whole) - count(one)) // max(1, whole.layers - 1) if whole.layers > 1 else 0
+    one = replace(whole, layers=1)
+    per_layer = (count(whole) - count(one)) // (whole.layers - 1) if whole.layers > 1 else 0
     outside = count(whole) - whole.layers * per_layer
-    narrow, few = 0, 0
-    if whole.inner is not None and whole.inner > 1:
-        narrow = (count(one) - count(Sizes(1, 1, whole.kv_heads))) // (whole.inner - 1)
-    if whole.kv_heads is not None and whole.kv_heads > 1:
-        few = (count(one) - count(Sizes(1, whole.inner, 1))) // (whole.kv_heads - 1)
+    narrow = _slope(count, one, replace(one, inner=least.inner), whole.inner - least.inner)
+    few = _slope(count, one, replace(one, kv_heads=least.kv_heads), whole.kv_heads - least.kv_heads)
 
     def counted(sizes: Sizes) -> int:
-        less = narrow * ((whole.inner or 0) - (sizes.inner or 0)) + few * (
-            (whole.kv_heads or 0) - (sizes.kv_heads or 0)
-        )
+        less = narrow * (whole.inner - sizes.inner) + few * (whole.kv_heads - sizes.kv_heads)
         return outside + sizes.layers * (per_layer - less)
 
     return counted
+
+
+def _slope(count: Callable[[Sizes], int], more: Sizes, less: Sizes, difference: int) -> int:
+    return (count(more) - count(less)) // difference if difference else 0
 
 
 def depths(layers: int) -> Sequence[int]:
