@@ -1,7 +1,8 @@
 """wtool's pruning against llm-compressor, optipfair and mergekit: what is left of the model, masks, time and memory.
 
     python benchmarks/prune.py MODEL TEXT.txt... --calib IDS.jsonl --llmcompressor PYTHON --optipfair PYTHON
-        --mergekit PYTHON [--only sparse,parity,speed,depth,width] [--cases REGEX] [--folder bench-prune] [--json RESULTS]
+        --mergekit PYTHON [--only sparse,parity,speed,depth,width] [--cases REGEX] [--folder bench-prune]
+        [--json RESULTS]
     python benchmarks/prune.py --tables RESULTS
 
 Each PYTHON is the interpreter of an environment that holds that tool; a tool without one is left out. Every pruning is
