@@ -17,7 +17,11 @@ from wtool.demo.texts import held_out_text
 from wtool.loading import quiet
 
 GGUF = os.environ.get("WTOOL_SMOLLM2", "")
-pytestmark = [pytest.mark.real, pytest.mark.skipif(not GGUF, reason="WTOOL_SMOLLM2 names no GGUF file")]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.timeout(1800),  # minutes on a slow machine
+    pytest.mark.skipif(not GGUF, reason="WTOOL_SMOLLM2 names no GGUF file"),
+]
 
 
 def test_gptq_of_a_real_model_is_far_better_than_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
