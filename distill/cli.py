@@ -12,7 +12,6 @@ from .cache_cli import cache_app as cache_app
 
 if TYPE_CHECKING:
     from .planner import DistillPlan
-    from .recipe import DistillRecipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -95,11 +94,11 @@ def distill(
     """Train a student to say what its teacher says."""
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
-    given = locals()
+    told = locals()
 
     def named(*names: str, **renamed: str) -> dict[str, Any] | None:
         pairs = {**{name: name for name in names}, **renamed}
-        found = {key: given[name] for key, name in pairs.items() if given[name] or type(given[name]) in (int, float)}
+        found = {key: told[name] for key, name in pairs.items() if told[name] or type(told[name]) in (int, float)}
         return found or None
 
     training = named(
@@ -113,7 +112,7 @@ def distill(
         raise UsageError("--lora RANK is missing: the other options of LoRA mean nothing without it")
     flags = {
         "student": student,
-        "student_layers": None if student_layers is None else _layers(student_layers),
+        "student_layers": None if student_layers is None else options.layers("--student-layers", student_layers),
         "student_config": student_config,
         "data": named(
             *("samples", "seqlen", "seed", "text_column", "split", "held_out", "separate"),
@@ -127,23 +126,18 @@ def distill(
         "stream_teacher": stream_teacher or None,
     }
     from wtool.loading import pick_device
+    from wtool.recipe_file import asked, given
 
     from .planner import plan_distillation
+    from .recipe import DistillRecipe
 
-    recipe = _recipe(teacher, {key: value for key, value in flags.items() if value is not None})
+    recipe = asked(DistillRecipe, "distill", "teacher", teacher, given(flags))
     chosen = pick_device(device).partition(":")[0]
     plan = plan_distillation(recipe, device=chosen, headers_only=dry_run, trust_remote_code=trust_remote_code)
     if dry_run:
         return _show(plan, as_json)
     assert output is not None
     _run(plan, output, force, trust_remote_code, as_json, quiet)
-
-
-def _layers(text: str) -> int | list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() for part in parts):
-        raise UsageError(f"--student-layers '{text}': give how many (15) or which (0,2,5)")
-    return int(parts[0]) if "," not in text else [int(part) for part in parts]
 
 
 def _argument(text: str) -> tuple[str, Any]:
@@ -157,18 +151,6 @@ def _argument(text: str) -> tuple[str, Any]:
         return key, float(read) if isinstance(read, str) else read  # YAML takes 1e-8 for a text
     except ValueError:
         return key, read
-
-
-def _recipe(teacher: str, flags: dict[str, Any]) -> "DistillRecipe":
-    from .recipe import parse_recipe, read_recipe
-
-    if teacher.endswith((".yml", ".yaml")):
-        if flags:
-            raise UsageError(
-                f"{teacher}: a recipe file tells everything; '{next(iter(flags))}' cannot be given beside it"
-            )
-        return read_recipe(Path(teacher))
-    return parse_recipe({"teacher": teacher, **flags}, "command line")
 
 
 def _show(plan: "DistillPlan", as_json: bool) -> None:

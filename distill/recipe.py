@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from wtool import recipe_file
 from wtool.errors import UsageError, did_you_mean
-from wtool.recipe_file import read_yaml, validated
+from wtool.recipe_file import parsed
 
 from .kinds import KINDS, Divergence
 
@@ -169,20 +170,10 @@ class DistillRecipe(BaseModel):
 
 
 def parse_recipe(content: Any, where: str) -> DistillRecipe:
-    """Validate a recipe.
-
-    content: as YAML gives it
-    where:   how an error names it
-    raises:  UsageError, with the key and what would be right
-    """
-    if not isinstance(content, dict):
-        raise UsageError(f"{where}: a recipe is a mapping with teacher, student, data, …")
-    return validated(DistillRecipe, content, where)
+    """Validate a recipe, as YAML gives it. raises: UsageError, with the key and what would be right"""
+    return parsed(DistillRecipe, content, where)
 
 
 def read_recipe(path: Path) -> DistillRecipe:
-    """Read a recipe file (YAML)."""
-    content = read_yaml(path)
-    if isinstance(content, dict) and isinstance(content.get("distill"), dict):
-        content = content["distill"]  # as a manifest has it
-    return parse_recipe(content, str(path))
+    """Read a recipe file (YAML). raises: UsageError"""
+    return recipe_file.read_recipe(DistillRecipe, path, "distill")

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from wtool.block_pass import Site, Visitor
 from wtool.checkpoint import Checkpoint
+from wtool.finite import refuse_nonfinite
 from wtool.network import Block, Linear, Network, Read
 from wtool.statistics import Gram, Moments
 from wtool.statistics_folder import Statistics
 
 from .layers import Layer, blocks_of, layers_to_prune
 from .lowrank import allocate, spectrum
-from .matrix import Fed, fed
+from .matrix import Fed, fed, of_gram
 from .owl import outlier_share, owl_shares
-from .planner import Found, check_finite
+from .planner import Found
 from .recipe import METHODS, PruneRecipe
 
 if TYPE_CHECKING:
@@ -108,11 +109,7 @@ def _look(
         for name, layer in layers.items():
             if (met := statistics.inputs.get(name)) is not None:
                 gram = statistics.matrices.read(met.linears[0])
-                look(
-                    name,
-                    _matrix(source, layer),
-                    Fed(met.tokens, met.dropped, gram.diagonal().clamp(min=0).sqrt(), gram),
-                )
+                look(name, _matrix(source, layer), of_gram(gram, met.tokens, met.dropped))
         return
     from wtool import calibrate
 
@@ -154,5 +151,5 @@ class _Looking(Visitor[Any]):
 
 def _matrix(source: Checkpoint, layer: Layer) -> Tensor:
     stored = source.read(layer.linear.tensor)
-    check_finite(stored, layer.linear.tensor)
+    refuse_nonfinite(stored, f"tensor '{layer.linear.tensor}'")
     return stored.T if layer.linear.transposed else stored

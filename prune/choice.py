@@ -154,7 +154,7 @@ def by_importance(
         energy = torch.stack(energies).sum(0)
         if what == "heads" and shape.heads > shape.kv_heads:
             return width.heads(energy, size, shape.kv_heads, keep)
-        return (width.key_value_heads if "heads" in what else lambda e, n, k: width.highest(e, k))(energy, size, keep)
+        return width.key_value_heads(energy, size, keep) if "heads" in what else width.highest(energy, keep)
 
     return _with_widths(recipe, source, layers, choose)
 
@@ -236,8 +236,8 @@ def searched(
     shape = shape_of(source.config)
     inner = "experts" if shape.experts and len(shape.dense) < shape.layers else "ffn"
     whole = search.Sizes(shape.layers, getattr(shape, inner), shape.kv_heads)
-    least = search.depths(shape.layers)[-1]
-    order = removals(losses_of(source, windows, where, start), shape.layers, shape.layers - least)
+    most = shape.layers - search.depths(shape.layers)[-1]
+    order = removals(losses_of(source, windows, where, start), shape.layers, most)
 
     def sized(sizes: search.Sizes) -> PruneRecipe:
         gone = {layer for layer, _ in order[: shape.layers - sizes.layers]}
@@ -259,14 +259,8 @@ def searched(
         {size: loss(replace(whole, inner=size)) - base for size in search.widths(whole.inner, shape.top_k or 1)},
         {size: loss(replace(whole, kv_heads=size)) - base for size in _fitting_heads(source, recipe, shape)},
     )
-    return sized(
-        search.best(
-            costs,
-            search.parameter_count(count, whole, search.Sizes(1, min(costs.inner), min(costs.kv_heads))),
-            recipe.params,
-            loss,
-        )
-    )
+    least = search.Sizes(1, min(costs.inner), min(costs.kv_heads))
+    return sized(search.best(costs, search.parameter_count(count, whole, least), recipe.params, loss))
 
 
 def _fitting_heads(source: Checkpoint, recipe: PruneRecipe, shape: Shape) -> list[int]:

@@ -1,15 +1,12 @@
 """`wtool prune`: options or a YAML file -> recipe -> plan -> run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from wtool import options
 from wtool.errors import UsageError
-
-if TYPE_CHECKING:
-    from .recipe import PruneRecipe
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -95,11 +92,14 @@ def prune(
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
     from wtool.console import parse_size
+    from wtool.recipe_file import asked, given
+
+    from .recipe import PruneRecipe
 
     calibration = {"data": calib or None, "samples": samples, "seqlen": seqlen, "seed": seed}
     calibration |= {"text_column": text_column, "split": split}
     flags: dict[str, Any] = {
-        "layers": None if layers is None else _layers(layers),
+        "layers": None if layers is None else options.layers("--layers", layers),
         "ffn": ffn,
         "heads": heads,
         "kv_heads": kv_heads,
@@ -125,10 +125,10 @@ def prune(
         "pack": pack or None,
         "ignore": ignore or None,
         "way": None if sequential is None else "sequential" if sequential else "one-pass",
-        "calibration": _given(calibration) or None,
+        "calibration": given(calibration) or None,
         "statistics": stats,
     }
-    recipe = _recipe(model, _given(flags))
+    recipe = asked(PruneRecipe, "prune", "model", model, given(flags))
     shard = parse_size(shard_size)
     from .job import Job, show
     from .stages import several, with_recovery
@@ -141,22 +141,11 @@ def prune(
     if sparsity and len(sparsity) > 1:
         if recover:
             raise UsageError("--recover trains one result: give one --sparsity")
-        several(job, recipe, sparsity, output, _given(calibration))
+        several(job, recipe, sparsity, output, given(calibration))
     elif recover:
-        with_recovery(job, recipe, output, recover, recover_tokens, _given(calibration))
+        with_recovery(job, recipe, output, recover, recover_tokens, given(calibration))
     else:
         job.run(recipe, output)
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flags.items() if value is not None}
-
-
-def _layers(text: str) -> int | list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdigit() for part in parts):
-        raise UsageError(f"--layers '{text}': give how many layers to keep, or their numbers with commas: 0,1,2,5")
-    return int(parts[0]) if len(parts) == 1 and "," not in text else [int(part) for part in parts]
 
 
 def _count(text: str) -> int:
@@ -167,15 +156,3 @@ def _count(text: str) -> int:
         return int(float(text if unit == 1 else text[:-1]) * unit)
     except ValueError:
         raise UsageError(f"--params '{text}': give a number of parameters, such as 1.2B or 90M") from None
-
-
-def _recipe(model: str, flags: dict[str, Any]) -> "PruneRecipe":
-    from .recipe import parse_recipe, read_recipe
-
-    if model.endswith((".yml", ".yaml")):
-        if flags:
-            raise UsageError(
-                f"{model}: a recipe file tells everything; '{next(iter(flags))}' cannot be given beside it"
-            )
-        return read_recipe(Path(model))
-    return parse_recipe({"model": model, **flags}, "command line")

@@ -15,7 +15,7 @@ from .pattern import Sparsity, dense_tail
 from .recipe import METHODS, PruneRecipe
 from .ria import ria_mask
 from .sparsegpt import sparsegpt
-from .wanda import wanda_mask
+from .wanda import input_norm, wanda_mask
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ def fed(statistic: Gram | Moments) -> Fed:
     tokens, dropped = statistic.tokens, statistic.dropped
     if isinstance(statistic, Moments):
         return Fed(tokens, dropped, norm=statistic.mean_square.sqrt())
-    gram = statistic.finish()
-    return Fed(tokens, dropped, gram.diagonal().clamp(min=0).sqrt(), gram)
+    return of_gram(statistic.finish(), tokens, dropped)
+
+
+def of_gram(gram: Tensor, tokens: int, dropped: int) -> Fed:
+    """What a Gram matrix [in, in] tells."""
+    return Fed(tokens, dropped, input_norm(gram), gram)
 
 
 def sparse(weight: Tensor, inputs: Fed, asked: Sparsity, recipe: PruneRecipe, scale_dtype: torch.dtype) -> Pruned:

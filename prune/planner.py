@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wtool.checkpoint import Checkpoint, open_checkpoint
-from wtool.errors import RuntimeProblem, UsageError
-from wtool.finite import first_nonfinite
+from wtool.errors import UsageError
+from wtool.finite import refuse_nonfinite
 from wtool.formats import bitmask, low_rank
 from wtool.linear_names import plain_modules
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
@@ -26,7 +26,7 @@ from wtool.statistics_folder import Input, Statistics, check_model, open_statist
 
 from .card import model_card
 from .layers import CODES, Layer, layers_to_prune
-from .matrix import Fed, explain
+from .matrix import Fed, explain, of_gram
 from .pattern import dense_tail
 from .recipe import METHODS, PruneRecipe
 from .sparsifying import prune
@@ -50,6 +50,9 @@ class Found:
     about: Mapping[str, Any] | None = None  # for the manifest
 
 
+NOTHING = Found()
+
+
 def open_source(recipe: PruneRecipe, *, headers_only: bool = False) -> tuple[Checkpoint, Statistics | None]:
     """The checkpoint to prune, and the statistics to start from, if they are given.
 
@@ -67,7 +70,7 @@ def plan_matrices(
     recipe: PruneRecipe,
     source: Checkpoint,
     statistics: Statistics | None,
-    found: Found = Found(),  # noqa: B008 - frozen
+    found: Found = NOTHING,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> PrunePlan:
@@ -120,23 +123,15 @@ def _alone(stored: Tensor, *, recipe: PruneRecipe, layer: Layer) -> Told:
 
 
 def _from_statistics(stored: Tensor, gram: Tensor, *, recipe: PruneRecipe, layer: Layer, met: Input) -> Told:
-    inputs = Fed(met.tokens, met.dropped, gram.diagonal().clamp(min=0).sqrt(), gram)
-    return _told(stored, inputs, recipe, layer)
+    return _told(stored, of_gram(gram, met.tokens, met.dropped), recipe, layer)
 
 
 def _told(stored: Tensor, inputs: Fed, recipe: PruneRecipe, layer: Layer) -> Told:
-    check_finite(stored, layer.linear.tensor)
+    refuse_nonfinite(stored, f"tensor '{layer.linear.tensor}'")
     weight = stored.T if layer.linear.transposed else stored
     pruned = prune(weight, inputs, layer, recipe)
     tensors = layer.encode(pruned)
     return Told(tuple(tensors.values()), {layer.linear.module: explain(weight, pruned, inputs)})
-
-
-def check_finite(stored: Tensor, name: str) -> None:
-    """Refuse weights that have no order. raises: RuntimeProblem"""
-    if (element := first_nonfinite(stored)) is not None:
-        value = stored.reshape(-1)[element].item()
-        raise RuntimeProblem(f"tensor '{name}' has {value} at element {element}; --ignore leaves a module as it is")
 
 
 def _config(

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from wtool import recipe_file
 from wtool.errors import UsageError
 from wtool.grid import BITS, Grid
-from wtool.recipe_file import read_yaml, validated
+from wtool.recipe_file import parsed
 from wtool.recipe_parts import Calibration, known
 
 from .pattern import Sparsity, parse_pattern
@@ -164,20 +165,10 @@ class PruneRecipe(BaseModel):
 
 
 def parse_recipe(content: Any, where: str) -> PruneRecipe:
-    """Validate a recipe.
-
-    content: as YAML gives it
-    where:   how an error names it
-    raises:  UsageError, with the key and what would be right
-    """
-    if not isinstance(content, dict):
-        raise UsageError(f"{where}: a recipe is a mapping with model, layers or method, …")
-    return validated(PruneRecipe, content, where)
+    """Validate a recipe, as YAML gives it. raises: UsageError, with the key and what would be right"""
+    return parsed(PruneRecipe, content, where)
 
 
 def read_recipe(path: Path) -> PruneRecipe:
-    """Read a recipe file (YAML)."""
-    content = read_yaml(path)
-    if isinstance(content, dict) and isinstance(content.get("prune"), dict):
-        content = content["prune"]  # as a manifest has it
-    return parse_recipe(content, str(path))
+    """Read a recipe file (YAML). raises: UsageError"""
+    return recipe_file.read_recipe(PruneRecipe, path, "prune")

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wtool.checkpoint.base import Checkpoint, FileIdentity
+from wtool.checkpoint.base import Checkpoint, View
 from wtool.checkpoint.tied import head_name, is_tied
 from wtool.errors import UsageError
 from wtool.linear_names import LAYER
@@ -27,7 +26,7 @@ _OUTPUT = "it has norms over what its blocks put out, whose weights cannot go in
 _WHY_NOT = {"gpt2": _MEAN, "bert": _MEAN, "gemma3": _OUTPUT, "gemma3_text": _OUTPUT, "olmo2": _OUTPUT}
 
 
-class Rotated(Checkpoint):
+class Rotated(View):
     """A view of a checkpoint as the same model with another basis of its residual stream.
 
     The weights of norms are in the matrices that read them, and 1. A head that was tied to the embedding has a tensor
@@ -40,9 +39,7 @@ class Rotated(Checkpoint):
     def __init__(self, source: Checkpoint, directions: Tensor | None):
         self._family = family_of(source.config)
         _check(source, self._family)
-        self.source = source
-        self.label, self.revision, self.quantization = source.label, source.revision, source.quantization
-        self.files = source.files
+        super().__init__(source)
         self._directions = directions
         tied = is_tied(source.config) and all("CausalLM" in kind for kind in source.config.get("architectures") or ())
         self.config = source.config | ({"tie_word_embeddings": False} if tied else {})
@@ -117,19 +114,8 @@ class Rotated(Checkpoint):
         outside = (other for other in self.source.tensors if place_of(other)[0] < 0)
         return next((other for other in outside if other.endswith("norm.weight")), "model.norm.weight")
 
-    def prefetch(self, name: str) -> None:
-        for origin in self._origins[name]:
-            self.source.prefetch(origin)
-
-    def forget(self, name: str) -> None:
-        for origin in self._origins[name]:
-            self.source.forget(origin)
-
-    def identity(self) -> list[FileIdentity]:
-        return self.source.identity()
-
-    def folders(self) -> list[Path]:
-        return self.source.folders()
+    def parts(self, name: str) -> tuple[str, ...]:
+        return self._origins[name]
 
 
 def _then(*tensors: Tensor, first: Callable[..., Tensor], second: Callable[..., Any]) -> Tensor | Told:

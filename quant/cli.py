@@ -82,6 +82,10 @@ def quantize(
     """Quantize a checkpoint, streamed block by block."""
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
+    from wtool.recipe_file import asked, given
+
+    from .recipe import QuantRecipe
+
     calibration = {"data": calib or None, "samples": samples, "seqlen": seqlen, "seed": seed}
     calibration |= {"text_column": text_column, "split": split}
     flags: dict[str, Any] = {
@@ -94,7 +98,7 @@ def quantize(
         "tensor_parallel": tensor_parallel,
         "ignore": ignore or None,
         "overrides": [_override(text) for text in layer_bits or []] or None,
-        "calibration": _given(calibration) or None,
+        "calibration": given(calibration) or None,
         "statistics": stats,
         "damping": damping,
         "act_order": act_order,
@@ -108,7 +112,7 @@ def quantize(
 
     from .planner import plan_quantize
 
-    recipe = _recipe(model, _given(flags))
+    recipe = asked(QuantRecipe, "quantize", "model", model, given(flags))
     plan = plan_quantize(recipe, headers_only=dry_run, max_shard_bytes=parse_size(shard_size))
     if dry_run:
         raise typer.Exit(_show(recipe, plan, as_json))
@@ -117,27 +121,11 @@ def quantize(
     _run(recipe, plan, output, where, force, as_json, quiet)
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flags.items() if value is not None}
-
-
 def _override(text: str) -> dict[str, Any]:
     name, _, number = text.rpartition("=")
     if not name or not number.isdigit():
         raise UsageError(f"--layer-bits '{text}': write FILTER=BITS, e.g. down_proj=8")
     return {"filter": name, "bits": int(number)}
-
-
-def _recipe(model: str, flags: dict[str, Any]) -> "QuantRecipe":
-    from .recipe import parse_recipe, read_recipe
-
-    if model.endswith((".yml", ".yaml")):
-        if flags:
-            raise UsageError(
-                f"{model}: a recipe file tells everything; '{next(iter(flags))}' cannot be given beside it"
-            )
-        return read_recipe(Path(model))
-    return parse_recipe({"model": model, **flags}, "command line")
 
 
 def _show(recipe: "QuantRecipe", plan: "QuantPlan", as_json: bool) -> int:

@@ -120,7 +120,7 @@ def _mask_hidden(model: PreTrainedModel, hidden: tuple[int, ...], shape: Shape) 
             if module.bias is not None:
                 module.bias[gone] = 0
         elif isinstance(module, nn.LayerNorm):
-            module.forward = MethodType(_layer_norm_over(hidden), module)  # type: ignore[method-assign]
+            module.forward = MethodType(_layer_norm_over(hidden), module)
         elif name.endswith("mlp.experts"):
             module.down_proj[:, gone] = 0  # [experts, hidden, channels]
         elif "norm" in name and not name.endswith(("q_norm", "k_norm")):

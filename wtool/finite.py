@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from wtool.errors import RuntimeProblem
+
 # float type -> (signed and unsigned integer of the same size, the bits of infinity).
 # As signed integers, positive floats sort as their values do, with infinity and NaN at the top; as unsigned ones,
 # the negative floats do. So two maxima tell, and no memory is needed.
@@ -13,6 +15,17 @@ _TYPES = {
     torch.float64: (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
 }
 _CHUNK = 1 << 18  # elements; fits the processor's cache, so that the second maximum reads from there
+
+
+def refuse_nonfinite(tensor: torch.Tensor, name: str) -> None:
+    """Refuse weights that have no order and no rounding.
+
+    name: how the error calls them
+    raises: RuntimeProblem
+    """
+    if (element := first_nonfinite(tensor)) is not None:
+        value = tensor.reshape(-1)[element].item()
+        raise RuntimeProblem(f"{name} has {value} at element {element}; --ignore leaves a module as it is")
 
 
 def first_nonfinite(tensor: torch.Tensor) -> int | None:

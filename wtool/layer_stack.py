@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wtool.checkpoint.base import Checkpoint, FileIdentity
+from wtool.checkpoint.base import Checkpoint, View
 from wtool.errors import Mismatch, UsageError
 from wtool.layer_rules import Config, check_rules, dense_first, depth_key, explicit, text_config
 from wtool.linear_names import LAYER, longest_stack
@@ -74,37 +73,23 @@ def _cut_lists(text: Config, depth: int, layers: Sequence[int]) -> dict[str, Any
     return result
 
 
-class SomeLayers(Checkpoint):
+class SomeLayers(View):
     """A view of a checkpoint that has only some of its layers, under new numbers."""
 
     def __init__(self, source: Checkpoint, layers: Sequence[int]):
-        self.label, self.revision, self.quantization = source.label, source.revision, source.quantization
-        self.files = source.files
+        super().__init__(source)
         self.config = with_layers(source.config, layers)
         self.origins: Mapping[str, str] = _origins(source, layers)  # the source's name of every tensor
         self.tensors = {name: source.tensors[origin] for name, origin in self.origins.items()}
-        self._source = source
 
-    def _origin(self, name: str) -> str:
-        try:
-            return self.origins[name]
-        except KeyError:
-            raise self.missing(name) from None
+    def parts(self, name: str) -> tuple[str]:
+        if name not in self.origins:
+            raise self.missing(name)
+        return (self.origins[name],)
 
     def read(self, name: str) -> "torch.Tensor":
-        return self._source.read(self._origin(name))
-
-    def prefetch(self, name: str) -> None:
-        self._source.prefetch(self._origin(name))
-
-    def forget(self, name: str) -> None:
-        self._source.forget(self._origin(name))
-
-    def identity(self) -> list[FileIdentity]:
-        return self._source.identity()
-
-    def folders(self) -> list[Path]:
-        return self._source.folders()
+        (origin,) = self.parts(name)
+        return self.source.read(origin)
 
 
 def keep_layers(source: Checkpoint, layers: Sequence[int]) -> SomeLayers:

@@ -42,6 +42,17 @@ def where(device: str, compute_dtype: str, activations: str, batch_tokens: int, 
     return Where(pick_device(device), dtype, place, batch_tokens, trust_remote_code)
 
 
+def layers(option: str, text: str) -> int | list[int]:
+    """How many layers, or which by their numbers.
+
+    raises: UsageError
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() for part in parts):
+        raise UsageError(f"{option} '{text}': give how many layers (15), or their numbers with commas (0,2,5)")
+    return [int(part) for part in parts] if "," in text else int(parts[0])
+
+
 def tell(windows: "Windows", quiet: bool) -> None:
     """Say on stderr what should be known of the calibration text."""
     from wtool import console

@@ -1,6 +1,6 @@
 """Reading what a user wrote: YAML into a recipe, and pydantic's complaints into one line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -35,6 +35,49 @@ def validated(model: type[AnyModel], content: Any, where: str) -> AnyModel:
         return model.model_validate(content)
     except ValidationError as error:
         raise UsageError(f"{where}: {_in_words(model, error)}") from None
+
+
+def parsed(model: type[AnyModel], content: Any, where: str) -> AnyModel:
+    """Make a recipe of what should be a mapping.
+
+    where:  how an error names it
+    raises: UsageError, with the key and what would be right
+    """
+    if not isinstance(content, dict):
+        raise UsageError(f"{where}: a recipe is a mapping with {', '.join(list(model.model_fields)[:3])}, …")
+    return validated(model, content, where)
+
+
+def read_recipe(model: type[AnyModel], path: Path, verb: str) -> AnyModel:
+    """Read a recipe file, or what a manifest has under the verb's name.
+
+    raises: UsageError
+    """
+    content = read_yaml(path)
+    if isinstance(content, dict) and isinstance(content.get(verb), dict):
+        content = content[verb]
+    return parsed(model, content, str(path))
+
+
+def asked(model: type[AnyModel], verb: str, subject: str, reference: str, flags: Mapping[str, Any]) -> AnyModel:
+    """The recipe of a command line: a file of one, or what it is of and flags.
+
+    subject:   the key of what the command's first argument names
+    reference: that argument
+    raises:    UsageError
+    """
+    if not reference.endswith((".yml", ".yaml")):
+        return parsed(model, {subject: reference, **flags}, "command line")
+    if flags:
+        raise UsageError(
+            f"{reference}: a recipe file tells everything; '{next(iter(flags))}' cannot be given beside it"
+        )
+    return read_recipe(model, Path(reference), verb)
+
+
+def given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def _in_words(model: type[BaseModel], error: ValidationError) -> str:

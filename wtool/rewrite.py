@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from wtool.block_pass import S, Site, Visitor
-from wtool.errors import RuntimeProblem
-from wtool.finite import first_nonfinite
+from wtool.finite import refuse_nonfinite
 from wtool.network import Block, Linear, Network, Read
 from wtool.writer import Writer, checksum
 
@@ -121,12 +120,7 @@ class Rewriting(Visitor[S]):
 
     def _explain(self, name: str, explain: Callable[[Tensor], Mapping[str, Any]]) -> Mapping[str, Any]:
         stored = self._network.read(name)
-        if (element := first_nonfinite(stored)) is not None:
-            value = stored.reshape(-1)[element].item()
-            raise RuntimeProblem(
-                f"{self._network.checkpoint.label}: tensor '{name}' has {value} at element {element}; "
-                "--ignore leaves a module as it is"
-            )
+        refuse_nonfinite(stored, f"{self._network.checkpoint.label}: tensor '{name}'")
         return explain(self._turned(name, stored))
 
     def _write_beside(self, names: Sequence[str]) -> None:

@@ -120,7 +120,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--layers", "0"], 2, "has 2 layers, of which 0 cannot be kept; 1 to 2 can"),
     (["--layers", "99"], 2, "has 2 layers, of which 99 cannot be kept"),
     (["--layers", "0,99"], 2, "there is no layer 99: the model has layers 0 to 1"),
-    (["--layers", "some"], 2, "--layers 'some': give how many layers to keep, or their numbers with commas"),
+    (["--layers", "some"], 2, "--layers 'some': give how many layers (15), or their numbers with commas (0,2,5)"),
     (["--heads", "3"], 2, "3 heads cannot be shared out evenly over 2 key-value heads; take a multiple of 2"),
     (["--heads", "3", "--kv-heads", "1"], 2, "key-value heads go with their 2 query heads each; leave out --heads"),
     (["--heads", "8"], 2, "has heads 4, of which 8 cannot be kept"),

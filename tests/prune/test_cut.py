@@ -145,7 +145,7 @@ def test_a_cut_model_computes_what_the_masked_one_does(
     assert len(config.get("layer_types") or kept.layers) == len(kept.layers)
     if name != "bert":
         sampled = [
-            small.generate(TOKENS[:, :5], max_new_tokens=3, do_sample=False, use_cache=cache, eos_token_id=None)  # type: ignore[operator]
+            small.generate(TOKENS[:, :5], max_new_tokens=3, do_sample=False, use_cache=cache, eos_token_id=None)
             for cache in (True, False)
         ]
         assert torch.equal(*sampled)
@@ -153,7 +153,7 @@ def test_a_cut_model_computes_what_the_masked_one_does(
 
 def test_what_is_left_of_each_tensor_by_its_definition(tmp_path: Path) -> None:
     full = llama(num_hidden_layers=2, attention_bias=True)
-    full.to(torch.bfloat16)  # type: ignore[arg-type]
+    full.to(torch.bfloat16)
     folder = saved(full, tmp_path / "full", with_tokenizer=False)
     hidden, heads = (0, 5, 6, 31), (1, 3)
     kept = Kept(layers=(1, 0), hidden=hidden, ffn={0: (2, 40), 1: (7, 8)}, heads={0: heads, 1: (0, 2)})

@@ -27,7 +27,7 @@ PRUNINGS = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = llama(num_hidden_layers=6, hidden_size=128, intermediate_size=256)
-    return saved(made.to(torch.bfloat16), tmp_path_factory.mktemp("models") / "llama")  # type: ignore[arg-type]
+    return saved(made.to(torch.bfloat16), tmp_path_factory.mktemp("models") / "llama")
 
 
 def written(out: Path) -> int:

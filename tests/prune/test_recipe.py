@@ -63,7 +63,7 @@ def test_what_cannot_be_meant_is_told_in_one_line(content: dict[str, Any], messa
 def test_a_recipe_without_a_model_or_that_is_no_mapping() -> None:
     with pytest.raises(UsageError, match="here: 'model' is missing"):
         parse_recipe({"layers": 3}, "here")
-    with pytest.raises(UsageError, match="here: a recipe is a mapping with model, layers or method"):
+    with pytest.raises(UsageError, match="here: a recipe is a mapping with model, layers, hidden"):
         parse_recipe([1], "here")
 
 
@@ -83,7 +83,7 @@ def test_what_a_manifest_and_a_card_tell_is_the_same_recipe_again(content: dict[
         path.write_text(yaml.safe_dump(written))
         assert read_recipe(path) == recipe
     with pytest.raises(ValueError, match="frozen"):
-        recipe.method = None  # type: ignore[misc]
+        recipe.method = None
 
 
 def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:

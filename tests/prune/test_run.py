@@ -103,7 +103,7 @@ def test_sparsegpt_starts_from_what_the_model_feeds_the_first_block(
 @pytest.mark.parametrize("amount", ["0", "0.37", "1:4", "3:5"])
 @pytest.mark.parametrize("method", SPARSE)
 def test_exactly_as_many_weights_go_as_were_asked_for(method: str, amount: str, prune: Prune, tmp_path: Path) -> None:
-    folder = saved(llama(intermediate_size=50).to(torch.bfloat16), tmp_path / "model")  # type: ignore[arg-type]
+    folder = saved(llama(intermediate_size=50).to(torch.bfloat16), tmp_path / "model")
     flag = "--pattern" if ":" in amount else "--sparsity"
     out = prune(folder, "-m", method, flag, amount)
     asked = parse_pattern(amount) if ":" in amount else Sparsity(share=float(amount))

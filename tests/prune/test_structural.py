@@ -58,7 +58,7 @@ def kept(told: dict[str, Any]) -> Kept:
     }
     inside = {tuple(map(int, place.split("."))): tuple(stay) for place, stay in told.get("expert_ffn", {}).items()}
     hidden = tuple(told["hidden"]) if "hidden" in told else None
-    return Kept(tuple(told["layers"]), hidden=hidden, expert_ffn=inside, **by_layer)  # type: ignore[arg-type]
+    return Kept(tuple(told["layers"]), hidden=hidden, expert_ffn=inside, **by_layer)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def test_every_family_computes_with_the_layers_that_stay(name: str, layers: tupl
         found = small(input_ids=TOKENS).logits
     assert torch.allclose(found, without(family(name, **settings), layers), rtol=1e-4, atol=1e-4)
     if name != "bert":
-        sampled = [small.generate(TOKENS, max_new_tokens=3, do_sample=False, use_cache=c) for c in (True, False)]  # type: ignore[operator]
+        sampled = [small.generate(TOKENS, max_new_tokens=3, do_sample=False, use_cache=c) for c in (True, False)]
         assert torch.equal(*sampled)
 
 

@@ -5,7 +5,7 @@ headers only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,3 +117,30 @@ class Checkpoint(ABC):
     def missing(self, name: str) -> MissingInput:
         """The error for a name that is not there."""
         return MissingInput(f"{self.label}: no tensor '{name}'{did_you_mean(name, self.tensors)}")
+
+
+class View(Checkpoint):
+    """A checkpoint whose tensors are made of another's."""
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+        self.label, self.revision, self.quantization = source.label, source.revision, source.quantization
+        self.files, self.config, self.tensors = source.files, source.config, source.tensors
+
+    @abstractmethod
+    def parts(self, name: str) -> Iterable[str]:
+        """The source's tensors that one is made of."""
+
+    def identity(self) -> list[FileIdentity]:
+        return self.source.identity()
+
+    def folders(self) -> list[Path]:
+        return self.source.folders()
+
+    def prefetch(self, name: str) -> None:
+        for part in self.parts(name):
+            self.source.prefetch(part)
+
+    def forget(self, name: str) -> None:
+        for part in self.parts(name):
+            self.source.forget(part)

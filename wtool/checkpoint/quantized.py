@@ -7,11 +7,10 @@ They must never be taken for plain ones: an FP8 checkpoint whose `weight_scale_i
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wtool.checkpoint.adapter import CONV1D_FAMILIES
-from wtool.checkpoint.base import Checkpoint, FileIdentity, TensorInfo
+from wtool.checkpoint.base import Checkpoint, TensorInfo, View
 from wtool.dtypes import DTYPES, FLOATS
 from wtool.errors import MalformedFile, MissingInput, QuantizedInput
 
@@ -106,15 +105,15 @@ class Packed:
     parts: Mapping[str, str]  # suffix -> tensor
 
 
-class Dequantized(Checkpoint):
+class Dequantized(View):
     """A checkpoint with packed weights that looks like a plain one.
 
     A weight is announced in the model's type and read in float32, as the product of code and scale that it is.
     """
 
     def __init__(self, stored: Checkpoint, name: str, format: "Format", schemes: "Callable[[str], Scheme]"):
-        self._stored, self._format, self._schemes = stored, format, schemes
-        self.label, self.files, self.revision = stored.label, stored.files, stored.revision
+        super().__init__(stored)
+        self._format, self._schemes = format, schemes
         self.config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
         self._packed: dict[str, Packed] = {}
         self._dtype = _model_dtype(stored.config)
@@ -129,7 +128,7 @@ class Dequantized(Checkpoint):
     def _announce(self) -> dict[str, TensorInfo]:
         """The tensors as they are to be seen, each weight in the place of the first of its parts."""
         tensors: dict[str, TensorInfo] = {}
-        held, packed = self._stored.tensors, self._format.packed
+        held, packed = self.source.tensors, self._format.packed
         layers = [name.rpartition(".")[0] for name in held if name.endswith(f".{packed}")]
         for layer in layers:
             if f"{layer}.weight" in held:
@@ -147,7 +146,7 @@ class Dequantized(Checkpoint):
 
     def _examine(self, layer: str) -> Packed:
         """Find a weight's parts, and check that they are what its scheme says."""
-        format, held = self._format, self._stored.tensors
+        format, held = self._format, self.source.tensors
         names = {suffix: f"{layer}.{suffix}" for suffix in format.suffixes}
         infos = {suffix: held[name] for suffix, name in names.items() if name in held}
         try:
@@ -172,7 +171,7 @@ class Dequantized(Checkpoint):
 
     def _check(self, name: str, right: str, is_right: Callable[[TensorInfo], Any]) -> None:
         """Check the header of a part of a weight."""
-        info = self._stored.tensors.get(name)
+        info = self.source.tensors.get(name)
         if info is None:
             raise MissingInput(f"{self.label}: no tensor '{name}': its weight is packed and cannot be read without")
         if not is_right(info):
@@ -181,7 +180,7 @@ class Dequantized(Checkpoint):
     def _glance(self, name: str) -> "torch.Tensor | None":
         """A small tensor that headers alone leave open; None where only headers are there."""
         try:
-            return self._stored.read(name)
+            return self.source.read(name)
         except MissingInput:
             return None
 
@@ -196,30 +195,16 @@ class Dequantized(Checkpoint):
         if packed is None:
             if name not in self.tensors:
                 raise self.missing(name)
-            return self._stored.read(name)
-        parts = {suffix: self._stored.read(part) for suffix, part in packed.parts.items()}
+            return self.source.read(name)
+        parts = {suffix: self.source.read(part) for suffix, part in packed.parts.items()}
         try:
             weight = self._format.decode(parts, packed.scheme, packed.shape).values()
         except ValueError as error:
             raise MalformedFile(f"{self.label}: '{packed.layer}': {error}") from None
         return weight.T.contiguous() if self._is_turned(packed.layer) else weight
 
-    def prefetch(self, name: str) -> None:
-        for part in self._parts(name):
-            self._stored.prefetch(part)
-
-    def forget(self, name: str) -> None:
-        for part in self._parts(name):
-            self._stored.forget(part)
-
-    def _parts(self, name: str) -> Iterable[str]:
+    def parts(self, name: str) -> Iterable[str]:
         return self._packed[name].parts.values() if name in self._packed else (name,)
-
-    def identity(self) -> list[FileIdentity]:
-        return self._stored.identity()
-
-    def folders(self) -> list[Path]:
-        return self._stored.folders()
 
 
 def _model_dtype(config: Mapping[str, Any]) -> str | None:

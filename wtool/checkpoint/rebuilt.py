@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wtool.checkpoint.base import Checkpoint, FileIdentity, TensorInfo
+from wtool.checkpoint.base import Checkpoint, TensorInfo, View
 from wtool.dtypes import DTYPES, FLOATS
 from wtool.errors import MalformedFile, MissingInput
 from wtool.formats import bitmask, low_rank
@@ -105,12 +104,12 @@ def _check(
         raise MalformedFile(f"{checkpoint.label}: '{name}' is {info.dtype} {list(info.shape)}, not {right}")
 
 
-class Rebuilt(Checkpoint):
+class Rebuilt(View):
     """A checkpoint with weights that lie in parts, which looks like a plain one."""
 
     def __init__(self, stored: Checkpoint, pieces: list[Piece], config: dict[str, Any], told: str):
-        self._stored, self.config, self.quantization = stored, config, told
-        self.label, self.files, self.revision = stored.label, stored.files, stored.revision
+        super().__init__(stored)
+        self.config, self.quantization = config, told
         self._pieces = {f"{piece.layer}.weight": piece for piece in pieces}
         whole = {part: weight for weight, piece in self._pieces.items() for part in piece.parts.values()}
         self.tensors = tensors = {}
@@ -126,25 +125,11 @@ class Rebuilt(Checkpoint):
             raise self.missing(name)
         piece = self._pieces.get(name)
         if piece is None:
-            return self._stored.read(name)
+            return self.source.read(name)
         try:
-            return piece.build({suffix: self._stored.read(part) for suffix, part in piece.parts.items()})
+            return piece.build({suffix: self.source.read(part) for suffix, part in piece.parts.items()})
         except ValueError as error:
             raise MalformedFile(f"{self.label}: '{piece.layer}': {error}") from None
 
-    def prefetch(self, name: str) -> None:
-        for part in self._parts(name):
-            self._stored.prefetch(part)
-
-    def forget(self, name: str) -> None:
-        for part in self._parts(name):
-            self._stored.forget(part)
-
-    def _parts(self, name: str) -> Iterable[str]:
+    def parts(self, name: str) -> Iterable[str]:
         return self._pieces[name].parts.values() if name in self._pieces else (name,)
-
-    def identity(self) -> list[FileIdentity]:
-        return self._stored.identity()
-
-    def folders(self) -> list[Path]:
-        return self._stored.folders()
