@@ -1,9 +1,16 @@
-"""What was done to a checkpoint, for people to read.
+"""What was done to checkpoints, for people to read.
 
-figures   the manifest's report in figures: each quantized linear, and the stacks of blocks they stand in
-heatmap   the error of every linear as a picture (SVG)
-errors    the parts of the page on errors
-asked     the parts on what was asked
-style     how the page looks
-html      the page
+figures     the manifest's report in figures: each linear, and the stacks of blocks they stand in
+measures    which of the figures are drawn, and in which words
+scale       from a figure to a colour
+heatmap     a figure of every linear as a picture (SVG)
+layers      the parts of the page on layers: heatmaps, the worst ones, all of them
+curves      the course of a training
+sizes       bytes, parameters, and what a pruning kept
+quality     what `wtool eval --json` measured
+asked       what was asked, and how to have it again
+comparison  several checkpoints side by side
+style       how the page looks
+html        the page
+plots       the pictures alone, as PNG
 """

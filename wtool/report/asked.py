@@ -100,7 +100,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items()) or "none"
     if isinstance(value, Iterable) and not isinstance(value, str):
         return "; ".join(map(_plain, value)) or "none"
     return str(value)

@@ -20,18 +20,20 @@ LINES = (
 
 def pictures(manifest: Mapping[str, Any]) -> str:
     """A picture for every line that the manifest tells of; nothing where there was no training."""
+    drawn = "".join(f"<div><h3>{escape(title)}</h3>{picture}</div>" for title, picture in drawings(manifest))
+    return f'<section><h2>The training</h2><div class="curves">{drawn}</div></section>' if drawn else ""
+
+
+def drawings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The titles and pictures of the lines that the manifest tells of."""
     drawn = []
     for part, key, title, unit in LINES:
         points = _points(manifest.get(part), key)
         if len(points) > 1:
             best = manifest.get("best_step") if part == "evaluation" else None
-            marked = next(
-                (_point(each, key) for each in _entries(manifest.get(part)) if each.get("step") == best), None
-            )
-            drawn.append(f"<div><h3>{escape(title)}</h3>{_picture(points, marked, title, unit)}</div>")
-    if not drawn:
-        return ""
-    return f'<section><h2>The training</h2><div class="curves">{"".join(drawn)}</div></section>'
+            kept = (_point(each, key) for each in _entries(manifest.get(part)) if each.get("step") == best)
+            drawn.append((title, _picture(points, next(kept, None), title, unit)))
+    return drawn
 
 
 def tiles(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

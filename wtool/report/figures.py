@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -16,14 +16,20 @@ class Linear:
     """What the report tells of a linear; None where it does not."""
 
     module: str
-    weight_error: float | None  # ||quantized - original|| / ||original||, Frobenius
-    output_error: float | None  # the same of the layer's output on the calibration tokens
-    rtn_output_error: float | None  # what rounding to the nearest code would have made of it
-    damping: float | None
-    fallback: str | None
-    tokens: int | None
-    bits: int | None
-    group_size: int | None
+    weight_error: float | None = None  # ||changed - original|| / ||original||, Frobenius
+    output_error: float | None = None  # the same of the layer's output on the calibration tokens
+    rtn_output_error: float | None = None  # what rounding to the nearest code would have made of it
+    cut_output_error: float | None = None  # what cutting without a fit of the rest would have made of it
+    sparsity: float | None = None  # share of the weights that are 0, in [0, 1]
+    rank: int | None = None
+    damping: float | None = None
+    fallback: str | None = None
+    tokens: int | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    change: float | None = None  # merges: ||merged - base|| / ||base||
+    conflict: float | None = None  # merges: share of the weights on whose sign the task vectors disagree, in [0, 1]
+    cosine: float | None = None  # merges: the mean over the pairs of task vectors, in [-1, 1]
 
     @property
     def error(self) -> float | None:
@@ -32,10 +38,9 @@ class Linear:
 
     @property
     def gain(self) -> float | None:
-        """The share of rounding's error that is gone, at most 1; negative where it has become more."""
-        if self.output_error is None or not self.rtn_output_error:
-            return None
-        return 1 - self.output_error / self.rtn_output_error
+        """The share of the plain way's error (rounding, cutting) that is gone, at most 1; negative where it grew."""
+        plain = self.rtn_output_error or self.cut_output_error
+        return None if self.output_error is None or not plain else 1 - self.output_error / plain
 
 
 @dataclass(frozen=True)
@@ -69,18 +74,6 @@ def stacks(found: Sequence[Linear]) -> tuple[list[Stack], list[Linear]]:
     return [_stack(name, theirs) for name, theirs in sorted(cells.items())], outside
 
 
-def badness(each: Linear) -> float:
-    """The error, to sort by: one that is not finite is beyond all others, one that is not known below."""
-    if each.error is None:
-        return -1.0
-    return each.error if isfinite(each.error) else inf
-
-
-def worst(found: Sequence[Linear]) -> Linear:
-    """The linear of the largest error."""
-    return max(found, key=badness)
-
-
 def middle(values: Sequence[float | None]) -> float | None:
     """The median of the values that are there."""
     known = [value for value in values if value is not None and isfinite(value)]
@@ -109,11 +102,17 @@ def _linear(module: str, entry: Mapping[str, Any]) -> Linear:
         weight_error=_number(entry.get("weight_error")),
         output_error=_number(entry.get("output_error")),
         rtn_output_error=_number(entry.get("rtn_output_error")),
+        cut_output_error=_number(entry.get("cut_output_error")),
+        sparsity=_number(entry.get("sparsity")),
+        rank=_whole(entry.get("rank")),
         damping=_number(entry.get("damping")),
         fallback=None if fallback is None else str(fallback),
         tokens=_whole(entry.get("tokens")),
         bits=_whole(entry.get("bits")),
         group_size=_whole(entry.get("group_size")),
+        change=_number(entry.get("change")),
+        conflict=_number(entry.get("conflict")),
+        cosine=_number(entry.get("cosine")),
     )
 
 

@@ -1,16 +1,67 @@
 """How a page looks: light and dark by what the reader's system says, from a phone to a wide screen."""
 
+from collections.abc import Mapping, Sequence
+
 # From a small error to a large one; the dark theme has them the other way round, so that large ones stand out in both.
 _RAMP = "#fbf5d3 #f8dc84 #f7b444 #f08a2c #dd5f3c #bd3c54 #8f2469 #5d1668 #2f0d4d".split()
-_LIGHT = "".join(f"--c{number}:{colour};" for number, colour in enumerate(_RAMP))
-_DARK = "".join(f"--c{number}:{colour};" for number, colour in enumerate(reversed(_RAMP)))
-_FILLS = "".join(f".c{number}{{fill:var(--c{number});background:var(--c{number})}}" for number in range(len(_RAMP)))
+_INK = ["#211f1c"] * 5 + ["#ffffff"] * 4  # of the number on each, with a contrast of 4.5 at least
+_BOTH = [*enumerate(zip(_RAMP, _INK, strict=True))]
+_TURNED = [*enumerate(zip(reversed(_RAMP), reversed(_INK), strict=True))]
+
+
+def _ramp(colours: Sequence[tuple[int, tuple[str, str]]]) -> dict[str, str]:
+    return {key: value for n, (fill, ink) in colours for key, value in ((f"c{n}", fill), (f"i{n}", ink))}
+
+
+LIGHT = {
+    "page": "#fcfbf8",
+    "card": "#ffffff",
+    "ink": "#211f1c",
+    "soft": "#625d56",
+    "line": "#e4e0d8",
+    "bad": "#c22f2f",
+    "onbad": "#ffffff",
+    "mark": "#0a6f90",
+    **_ramp(_BOTH),
+}
+DARK = {
+    "page": "#141317",
+    "card": "#1c1b20",
+    "ink": "#ece9e4",
+    "soft": "#aaa59d",
+    "line": "#34323a",
+    "bad": "#ff8a80",
+    "onbad": "#141317",
+    "mark": "#5fd4ff",
+    **_ramp(_TURNED),
+}
+_FILLS = "".join(
+    f".c{n}{{fill:var(--c{n});background:var(--c{n})}}.heatmap .nc{n}{{fill:var(--i{n})}}" for n in range(len(_RAMP))
+)
+
+# of the pictures, which also stand alone
+PICTURE = f"""
+.heatmap text{{font:10px system-ui,sans-serif;fill:var(--soft)}}
+.heatmap .block{{text-anchor:end}}
+.heatmap .n{{text-anchor:middle;font:8px system-ui,sans-serif}}
+.heatmap rect{{stroke:var(--line);stroke-width:.5}}
+.curve .line{{fill:none;stroke:var(--mark);stroke-width:2;stroke-linejoin:round}}
+.curve .grid{{stroke:var(--line);stroke-width:1;fill:none}}
+.mark{{fill:var(--mark);stroke:var(--card);stroke-width:1}}
+rect.none{{fill:none}}
+rect.bad{{fill:var(--bad)}}
+.heatmap .nbad{{fill:var(--onbad)}}
+{_FILLS}
+"""
+
+
+def _variables(theme: Mapping[str, str]) -> str:
+    return "".join(f"--{name}:{colour};" for name, colour in theme.items())
+
 
 CSS = f"""
-:root{{color-scheme:light dark;--page:#fcfbf8;--card:#ffffff;--ink:#211f1c;--soft:#6a655e;--line:#e4e0d8;
---bad:#c22f2f;--mark:#0a7ea4;{_LIGHT}}}
-@media (prefers-color-scheme:dark){{:root{{--page:#141317;--card:#1c1b20;--ink:#ece9e4;--soft:#a19c94;--line:#34323a;
---bad:#ff8a80;--mark:#5fd4ff;{_DARK}}}}}
+:root{{color-scheme:light dark;{_variables(LIGHT)}}}
+@media (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif;
 -webkit-text-size-adjust:100%}}
@@ -48,23 +99,20 @@ margin:0 0 10px}}
 ul{{margin:0;padding-left:1.2em}}
 li{{overflow-wrap:anywhere}}
 summary{{cursor:pointer}}
+{PICTURE}
 .heatmap{{display:block;width:100%;height:auto}}
-.heatmap text{{font:10px system-ui,sans-serif;fill:var(--soft)}}
-.heatmap .block{{text-anchor:end}}
-.heatmap rect{{stroke:var(--line);stroke-width:.5}}
 .heatmap g:hover rect{{stroke:var(--ink);stroke-width:1.5}}
 .curves{{display:grid;gap:6px 18px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}}
-.curve .line{{fill:none;stroke:var(--mark);stroke-width:2;stroke-linejoin:round}}
-.curve .grid{{stroke:var(--line);stroke-width:1;fill:none}}
-.mark{{fill:var(--mark);stroke:var(--card);stroke-width:1}}
-rect.none{{fill:none}}
-rect.bad{{fill:var(--bad)}}
-.legend{{display:flex;align-items:center;gap:8px;margin:0 0 6px;font-size:.82rem;color:var(--soft);flex-wrap:wrap}}
-.legend i{{width:18px;height:12px;display:inline-block}}
-.legend .dot{{width:9px;height:9px;border-radius:50%;background:var(--mark)}}
-.legend span{{display:inline-flex;align-items:center;gap:4px}}
-{_FILLS}
 @media (max-width:520px){{main{{padding:20px 12px 40px}}section{{padding:14px;border-radius:8px}}
 table{{font-size:.8rem}}th,td{{padding-right:6px}}td:first-child{{min-width:7.5em}}}}
+article{{margin-top:34px;border-top:3px solid var(--line);padding-top:18px}}
+.compared th:nth-child(2){{text-align:left}}
+.compared td:nth-child(2){{white-space:normal;text-align:left;min-width:12em}}
+.layers{{display:flex;flex-wrap:wrap;gap:3px;margin:0 0 8px}}
+.layers i{{font:11px/20px system-ui,sans-serif;width:24px;text-align:center;
+border:1px solid var(--line);border-radius:4px}}
+.layers .stays{{background:var(--ink);color:var(--card)}}
+.layers .gone{{text-decoration:line-through;color:var(--soft)}}
+:focus-visible{{outline:2px solid var(--mark);outline-offset:2px}}
 footer{{margin-top:22px;color:var(--soft);font-size:.82rem}}
 """

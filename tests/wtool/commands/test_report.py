@@ -1,6 +1,7 @@
 """`wtool report`: the page stands beside the checkpoint, which is not touched, and nothing else is replaced."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,47 @@ def test_where_nothing_can_be_written(out: Path, tmp_path: Path) -> None:
     found = refusal(out, "-o", tmp_path / "none" / "page.html")
     assert type(found) is OutputError
     assert str(found) == f"{tmp_path / 'none' / 'page.html'}: cannot be written: No such file or directory"
+
+
+EVAL = {
+    "checkpoint": "q4",
+    "reference": "base",
+    "texts": [{"file": "a.txt", "perplexity": 2.5, "tokens": 9, "window": 8, "divergence": 0.125}],
+}
+
+
+def test_several_in_one_page(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(out.parent)
+    (other := out.parent / "b" / "q4").mkdir(parents=True)
+    (other / "wtool.json").write_text(json.dumps(MANIFEST))
+    (out.parent / "e.json").write_text(json.dumps(EVAL))
+    report("q4", "b/q4", "--eval", "e.json")
+    assert capsys.readouterr().out == "report.html: the report of q4, b/q4\n"
+    page = (out.parent / "report.html").read_text()
+    assert "Side by side" in page and "<h1>b/q4</h1>" in page and "a.txt: KL" in page and "0.1250" in page
+    report("q4", "b/q4", "--json")
+    assert [each["checkpoint"] for each in json.loads(capsys.readouterr().out)["checkpoints"]] == ["q4", "b/q4"]
+    assert str(refusal("q4", "./q4")) == "q4: is given twice; name each checkpoint once"
+
+
+def test_scores_that_are_none(out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    assert str(refusal(out, "--eval", path)) == f"{path}: no such file; make it with wtool eval --json > {path}"
+    path.write_text("{}")
+    assert type(refusal(out, "--eval", path)) is MalformedFile
+    assert not (tmp_path / "q4-report.html").exists()
+
+
+def test_plots_alone(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("resvg_py", reason="pip install 'wtool[png]'")
+    report(out, "--png", tmp_path / "plots")
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'plots'}: weight-error-h.png\n")
+    assert (tmp_path / "plots" / "weight-error-h.png").read_bytes()[:4] == b"\x89PNG"
+    assert type(refusal(out, "--png", out / "plots")) is UsageError
+
+
+def test_plots_without_their_package(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)  # as if it were not installed
+    found = refusal(out, "--png", tmp_path / "plots")
+    assert str(found) == "--png needs the package resvg-py: pip install 'wtool[png]'"
+    assert not (tmp_path / "plots").exists()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from wtool.report.figures import Linear, badness, linears, middle, stacks, worst
+from wtool.report.figures import Linear, linears, middle, stacks
 
 
 def linear(module: str, **told: Any) -> Linear:
@@ -25,13 +25,30 @@ def test_what_is_told_is_what_stands_there() -> None:
         bits=4,
         group_size=-1,
     )
-    assert found == Linear("a.0.b", 0.1, 0.05, 0.2, 0.01, "why", 7, 4, -1)
+    assert found == Linear(
+        "a.0.b",
+        weight_error=0.1,
+        output_error=0.05,
+        rtn_output_error=0.2,
+        damping=0.01,
+        fallback="why",
+        tokens=7,
+        bits=4,
+        group_size=-1,
+    )
     assert (found.error, found.gain) == (0.05, 0.75)
+
+
+def test_a_pruned_and_a_merged_layer() -> None:
+    pruned = linear("a", output_error=0.1, cut_output_error=0.4, sparsity=0.5, rank=3)
+    assert (pruned.gain, pruned.sparsity, pruned.rank) == (0.75, 0.5, 3)
+    merged = linear("a", change=0.01, conflict=0.25, cosine=-0.5)
+    assert (merged.change, merged.conflict, merged.cosine, merged.error) == (0.01, 0.25, -0.5, None)
 
 
 def test_what_lacks_is_none() -> None:
     found = linear("a")
-    assert found == Linear("a", None, None, None, None, None, None, None, None)
+    assert found == Linear("a")
     assert (found.error, found.gain) == (None, None)
     assert linear("a", weight_error=0.3).error == 0.3
     assert linear("a", output_error=0.3, rtn_output_error=0).gain is None
@@ -75,14 +92,6 @@ def test_encoder_and_decoder_are_stacks_of_their_own() -> None:
         ("encoder.layers", (0, 1, 2)),
     ]
     assert not outside
-
-
-def test_the_worst() -> None:
-    found = [linear(str(number), weight_error=error) for number, error in enumerate([0.1, None, 0.3, 0.2])]
-    assert worst(found).module == "2"
-    assert worst([*found, linear("bad", weight_error=nan)]).module == "bad"
-    assert worst([found[1], found[0]]).module == "0" and worst([found[1]]).module == "1"
-    assert badness(linear("a", weight_error=inf)) == badness(linear("a", weight_error=nan)) == inf
 
 
 def test_the_median_is_of_what_is_there() -> None:

@@ -5,15 +5,15 @@ from html import unescape
 from math import inf
 from xml.etree import ElementTree
 
-import pytest
-
 from wtool.report.figures import linears, stacks
-from wtool.report.heatmap import SPAN, STEPS, bounds, edges, heatmap, short_names, step
+from wtool.report.heatmap import brief, heatmap, short_names
+from wtool.report.measures import OUTPUT
+from wtool.report.scale import STEPS, Scale
 
 
 def drawn(report: Mapping[str, Mapping[str, object]], low: float = 0.01, high: float = 1.0) -> ElementTree.Element:
     (stack,), _ = stacks(linears({"report": report}))
-    return ElementTree.fromstring(heatmap(stack, low, high))
+    return ElementTree.fromstring(heatmap(stack, OUTPUT, Scale(low, high, True)))
 
 
 def cells(picture: ElementTree.Element) -> dict[str, tuple[str, float, float]]:
@@ -27,28 +27,6 @@ def cells(picture: ElementTree.Element) -> dict[str, tuple[str, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("low, high", [(0.01, 0.9), (0.05, 0.2)])
-def test_colours_meet_at_equal_ratios(low: float, high: float) -> None:
-    marks = edges(low, high)
-    assert marks[0] == pytest.approx(low) and marks[-1] == pytest.approx(high) and len(marks) == STEPS + 1
-    ratios = [b / a for a, b in zip(marks, marks[1:], strict=False)]
-    assert ratios == pytest.approx([ratios[0]] * STEPS)
-    for number in range(STEPS):
-        assert step(marks[number] * 1.0001, low, high) == number == step(marks[number + 1] * 0.9999, low, high)
-    assert step(low / 9, low, high) == step(0.0, low, high) == 0 and step(high * 9, low, high) == STEPS - 1
-
-
-def test_the_scale_holds_every_error_and_is_never_narrow() -> None:
-    def of(*errors: float | None) -> tuple[float, float] | None:
-        return bounds(linears({"report": {str(n): {"weight_error": error} for n, error in enumerate(errors)}}))
-
-    assert of(0.02, 0.5, None, 0.1, inf, 0.0) == pytest.approx((0.02, 0.5))
-    assert of(0.1) == pytest.approx((0.1 / SPAN**0.5, 0.1 * SPAN**0.5))
-    narrow = of(0.1, 0.11)
-    assert narrow and narrow[1] / narrow[0] == pytest.approx(SPAN) and narrow[0] < 0.1 < 0.11 < narrow[1]
-    assert of() is None and of(None, 0.0, inf) is None
-
-
 def test_each_linear_has_its_cell() -> None:
     report = {
         f"model.layers.{block}.{place}": {"output_error": 0.011 + 0.1 * block + 0.3 * column}
@@ -60,7 +38,7 @@ def test_each_linear_has_its_cell() -> None:
     assert found.keys() == report.keys()
     for name, (colour, _, _) in found.items():
         error = report[name]["output_error"]
-        assert colour == f"c{step(error, 0.01, 1.0)}"
+        assert colour == f"c{Scale(0.01, 1.0, True).step(error)}"
     columns = {name.rpartition(".")[2]: {x for key, (_, x, _) in found.items() if key.endswith(name)} for name in found}
     assert all(len(places) == 1 for places in columns.values())
     rows = {block: {y for key, (_, _, y) in found.items() if f".{block}." in key} for block in range(3)}
@@ -75,14 +53,14 @@ def test_a_cell_of_experts_shows_the_worst() -> None:
 
 def test_what_is_not_known_or_not_finite_is_no_colour() -> None:
     found = cells(drawn({"h.0.a": {"weight_error": inf}, "h.1.a": {}, "h.2.a": {"weight_error": 0.5}}))
-    assert [found[f"h.{number}.a"][0] for number in range(3)] == ["bad", "none", f"c{step(0.5, 0.01, 1.0)}"]
+    assert [found[f"h.{number}.a"][0] for number in range(3)] == ["bad", "none", f"c{Scale(0.01, 1.0, True).step(0.5)}"]
 
 
 def test_fallbacks_are_marked_and_told() -> None:
     picture = drawn({"h.0.a": {"output_error": 0.1, "fallback": "x < y & z"}, "h.1.a": {"output_error": 0.1}})
-    assert len(list(picture.iter("circle"))) == 1
+    assert len(list(picture.iter("circle"))) == 2  # the cell and the foot
     titles = [title.text or "" for title in picture.iter("title")]
-    assert any(text.endswith("rounded only: x < y & z") for text in titles)
+    assert any(text.endswith("fallback: x < y & z") for text in titles)
 
 
 def test_a_tooltip_tells_the_figures() -> None:
@@ -101,11 +79,25 @@ def test_names_of_places_are_short_and_unlike() -> None:
 
 def test_many_blocks_are_not_all_numbered_and_all_drawn() -> None:
     picture = drawn({f"h.{number}.a": {"weight_error": 0.1} for number in range(126)})
-    numbers = [text.text for text in picture.iter("text") if text.attrib["class"] == "block"]
+    numbers = [text.text for text in picture.iter("text") if text.attrib.get("class") == "block"]
     assert numbers == [str(number) for number in range(0, 126, 5)]
-    assert len(list(picture.iter("rect"))) == 126
+    assert len(list(picture.iter("rect"))) == 126 + STEPS
     _, _, _, height = map(float, picture.attrib["viewBox"].split())
     assert all(y < height for _, _, y in cells(picture).values())
+
+
+def test_the_number_stands_in_the_cell() -> None:
+    picture = drawn({"h.0.a": {"weight_error": 0.037}, "h.1.a": {"weight_error": inf}}, 0.01, 0.1)
+    numbers = [text.text for text in picture.iter("text") if text.attrib.get("class", "").startswith("n ")]
+    assert numbers == ["37", "!"]
+    told = [text.text for text in picture.iter("text")]
+    assert "10 to 100 ‰ (output error)" in told
+
+
+def test_numbers_are_brief() -> None:
+    assert brief(-0.42, Scale(-0.5, 0.9, False)) == "−42"
+    assert brief(0.0004, Scale(0.0001, 0.2, True)) == "0"
+    assert brief(12.0, Scale(0.1, 12.0, True)) == "…"
 
 
 def test_hostile_names() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from wtool.report.html import report_html
+from wtool.report.html import comparison_html, report_html
+from wtool.report.quality import Score
 
 VOID = {"meta", "wbr"}
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -135,7 +136,7 @@ def test_the_recipe_makes_it_again(manifest: dict[str, Any]) -> None:
 
 def test_fallbacks_and_what_was_left(manifest: dict[str, Any]) -> None:
     page = Page(report_html(manifest, name="out"))
-    assert "Rounded only" in page.texts["h2"]
+    assert "Fallbacks" in page.texts["h2"]
     assert ": too few tokens: 3 < 64" in page.texts["li"]
     assert {"1 tensor: ignored, as asked", "40 tensors: not a matrix"} < set(page.texts["summary"])
     assert "and 10 more" in page.texts["li"]
@@ -210,3 +211,55 @@ def test_hostile_names_are_text(manifest: dict[str, Any]) -> None:
 def test_equal_manifests_give_equal_pages(manifest: dict[str, Any]) -> None:
     again = json.loads(json.dumps(manifest))
     assert report_html(manifest, name="out") == report_html(again, name="out")
+
+
+SCORE = Score("out/q4", "a.txt", 12.5, 100, 64, "base", 10.0, 0.125, 0.75)
+
+
+def test_quality_is_a_table(manifest: dict[str, Any]) -> None:
+    page = Page(report_html(manifest, name="q4", scores=[SCORE, Score("base", "a.txt", 10.0, 100, 64)]))
+    rows = page.tables()
+    assert rows["checkpoint"][:4] == ["text", "perplexity", "reference's", "KL"]
+    assert rows["out/q4"] == ["a.txt", "12.500", "10.000", "0.1250", "75.0%", "100", "64", "base"]
+    assert rows["base"] == ["a.txt", "10.000", "–", "–", "–", "100", "64", "–"]
+
+
+def test_several_are_compared_first(manifest: dict[str, Any]) -> None:
+    bare = {"recipe": {"merge": {"merge_method": "linear"}}, "inputs": [{"checkpoint": "a"}]}
+    page = Page(comparison_html([("q4", manifest), ("soup", bare)], scores=[SCORE]))
+    assert page.texts["h2"][0] == "Side by side" and page.texts["h1"] == ["q4, soup", "q4", "soup"]
+    head = [
+        "checkpoint",
+        "what",
+        "weights",
+        "of before",
+        "output error",
+        "weight error",
+        "a.txt: perplexity",
+        "a.txt: KL",
+    ]
+    middle = median(told["output_error"] for told in manifest["report"].values())
+    assert page.rows[0] == head
+    assert page.rows[1][2:5] == ["250.0 kB", "25%", f"{middle:.4f}"] and page.rows[1][6:] == ["12.500", "0.1250"]
+    assert page.rows[2] == ["soup", "a, merged by linear", *["–"] * 6]
+    assert Page(comparison_html([(HOSTILE, manifest), ("b", {})])).texts["h1"] == [f"{HOSTILE}, b", HOSTILE, "b"]
+
+
+def test_what_a_pruning_kept() -> None:
+    kept = {"layers": [0, 1, 3], "ffn": {}}
+    manifest = {"recipe": {"prune": {}}, "kept": kept, "summary": {"sizes": {"layers": [4, 3], "kv_heads": [8, 6]}}}
+    page = Page(report_html(manifest, name="out"))
+    assert page.tables()["layers"] == ["4", "3", "75%"] and page.tables()["key-value heads"] == ["8", "6", "75%"]
+    assert "Layers 2 went; the others were numbered anew." in page.texts["p"]
+    assert [value for tag, key, value in page.attributes if (tag, key) == ("i", "class")] == ["stays"] * 2 + [
+        "gone",
+        "stays",
+    ]
+
+
+def test_conflicts_of_a_merge_are_drawn() -> None:
+    report = {f"m.{n}.a": {"conflict": 0.1 * n, "cosine": -0.5, "change": 0.01} for n in range(3)}
+    page = Page(report_html({"report": report, "recipe": {"merge": {}}}, name="out"))
+    assert page.tags.count("svg") == 3 and "Where the models disagree" in page.texts["h2"]
+    assert page.tables()["m.2.a"][:3] == ["0.2000", "−0.5000".replace("−", "-"), "0.0100"]
+    assert "20.0%" not in page.texts["b"] and "10.0%" in page.texts["b"]
