@@ -35,6 +35,9 @@ CASES: dict[str, tuple[str, Scheme]] = {
     "gptq_v2-4-64-asymmetric": ("gptq_v2", Scheme(Grid(4, 64, symmetric=False))),
     "gptq_v2-3-64-asymmetric": ("gptq_v2", Scheme(Grid(3, 64, symmetric=False))),
     f"gptq-{MIXED}": ("gptq", Scheme(Grid(4, 64))),
+    "awq-4-64": ("awq", Scheme(Grid(4, 64, symmetric=False))),
+    "awq-4-128": ("awq", Scheme(Grid(4, 128, symmetric=False))),
+    "awq-4-64-symmetric": ("awq", Scheme(Grid(4, 64))),
     "compressed-tensors-4-64": ("compressed-tensors", Scheme(Grid(4, 64))),
     "compressed-tensors-3-64-asymmetric": ("compressed-tensors", Scheme(Grid(3, 64, symmetric=False))),
 }

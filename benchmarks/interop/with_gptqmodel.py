@@ -44,7 +44,8 @@ def opened(checkpoint: Path, way: str) -> torch.nn.Module:
     """A transformers model with GPTQModel's layers in it."""
     if way == "own":
         return GPTQModel.load(str(checkpoint), device="cpu").model
-    return GPTQModel.load(str(checkpoint), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model.float()
+    plainest = BACKEND.AWQ_TORCH if checkpoint.name.startswith("awq") else BACKEND.GPTQ_TORCH
+    return GPTQModel.load(str(checkpoint), device="cpu", backend=plainest, dtype=torch.float16).model.float()
 
 
 if __name__ == "__main__":
