@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from wtool.network import Block, Linear, Network, Read, Regions
+from wtool.ranks import ALONE, Ranks
 
 # function -> where its input and its matrix stand among the arguments, and their names
 WATCHED: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
@@ -68,6 +69,13 @@ class Visitor(Protocol[S]):
         returns: matrices for them
         """
         ...
+
+    def prepare(self, forward: Forward, sites: Sites) -> Read | None:
+        """Look at a filled block before anything of it is changed.
+
+        returns: where to read the block again, if it is to be another one from here on
+        """
+        return None
 
     def watched(self, block: Block) -> Mapping[str, Callable[..., None]]:
         """Functions to be called with what modules are called with, by the modules' names.
@@ -125,6 +133,7 @@ class Forward:
     hidden: HiddenStates
     visitor: Visitor[Any]
     progress: Callable[[int], None]
+    ranks: Ranks = ALONE  # who run the other batches
 
     def run(self, number: int, *, last: bool = False) -> Tensor:
         """The block's output for a batch.
@@ -234,10 +243,23 @@ class _Gathered:
         if self.found[site] is not None:
             self.found[site].add(fed)
 
+    def agree(self) -> None:
+        """Know of what any process met: an expert may have seen tokens in another one only."""
+        if self.forward.ranks.size == 1:
+            return
+        visitor, device = self.forward.visitor, self.forward.network.device
+        met = dict.fromkeys(site for found in self.forward.ranks.of_all(list(self.found)) for site in found)
+        for site in met:
+            if site not in self.found:
+                self.found[site] = visitor.gather(site, site[0].shape[1], device)
+        self.found = {site: self.found[site] for site in met}
+
     def sites(self) -> Iterator[Site[Any]]:
-        """What was gathered, each forgotten when the next is asked for."""
+        """What was gathered in all processes, each forgotten when the next is asked for."""
         for linears in list(self.found):
             if (gathered := self.found.pop(linears)) is not None:
+                if self.forward.ranks.size > 1:
+                    self.forward.ranks.add_up(gathered.sums())
                 yield Site(self.forward.block, linears, gathered)
 
 
@@ -246,18 +268,26 @@ def observe(forward: Forward, sites: Sites) -> None:
     gathered = _Gathered(forward, sites.of(forward, regions))
     with _Watch(regions, gathered.add):
         forward.plain()
+    gathered.agree()
     seen = {linear for site in gathered.found for linear in site}
     for site in gathered.sites():
         forward.visitor.site(site)
     forward.visitor.block(forward.block, [linear for linear in forward.block.linears if linear not in seen])
 
 
-def one_pass(forward: Forward, sites: Sites) -> None:
+def gathered_inputs(forward: Forward, sites: Sites) -> _Gathered:
+    """Run all batches for what goes into the linears; the block's input stays."""
     regions = forward.regions()
     gathered = _Gathered(forward, sites.of(forward, regions))
     with _Watch(regions, gathered.add):
         for number in range(len(forward.calls)):
             forward.run(number)
+    gathered.agree()
+    return gathered
+
+
+def one_pass(forward: Forward, sites: Sites) -> None:
+    gathered = gathered_inputs(forward, sites)
     seen = {linear for site in gathered.found for linear in site}
     for site in gathered.sites():
         forward.change(forward.visitor.site(site))

@@ -32,9 +32,10 @@ from wtool.block_pass import Call, Forward, HiddenStates, Sites, observe, one_pa
 from wtool.block_pass import Site as Site
 from wtool.block_pass import Visitor as Visitor
 from wtool.checkpoint.base import Checkpoint
-from wtool.errors import InputError
+from wtool.errors import InputError, UsageError
 from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.network import Network
+from wtool.ranks import ALONE, Ranks
 from wtool.writer import checksum
 
 Way = Literal["observe", "one-pass", "sequential"]
@@ -76,25 +77,29 @@ def walk(
     *,
     way: Way = "sequential",
     where: Where = HERE,
+    ranks: Ranks = ALONE,
     start: Callable[[int], Progress] = lambda steps: lambda done: None,
 ) -> None:
     """Send windows of tokens through a network, block by block.
 
     windows: int64 [length] each, without padding; windows of one length are run together
+    ranks: the processes that call this with the same windows; each runs some of the batches
     start: is told how many steps there are and gives the function that is told of each
 
-    raises: InputError
+    raises: InputError, UsageError where there are fewer batches than processes
     """
-    batches = batches_of(windows, where.batch_tokens)
+    batches = _share(batches_of(windows, where.batch_tokens), ranks)
     progress = start(len(batches) * len(network.blocks))
     give_back_large_blocks()
     with torch.inference_mode(), hidden_states(where.activations, network.device) as hidden:
         calls = first_inputs(network, batches, hidden)
         sites = Sites()
         for block in network.blocks:
-            forward = Forward(network, block, [call[block.index] for call in calls], hidden, visitor, progress)
+            forward = Forward(network, block, [call[block.index] for call in calls], hidden, visitor, progress, ranks)
             read = visitor.written(block)
             with network.filled(block, read):
+                if read is None and (another := visitor.prepare(forward, sites)):
+                    network.fill(block, another)
                 if read is not None:
                     forward.plain()
                 elif way == "observe":
@@ -104,6 +109,16 @@ def walk(
                 else:
                     sequential(forward, sites)
             give_back_freed_memory()
+
+
+def _share(batches: list[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Whole batches, so that each is computed as in one process."""
+    if len(batches) < ranks.size:
+        raise UsageError(
+            f"{ranks.size} processes for {len(batches)} batches of calibration text: take fewer processes, more "
+            "--samples, or fewer --batch-tokens"
+        )
+    return ranks.own(batches)
 
 
 def batches_of(windows: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:

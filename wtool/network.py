@@ -112,12 +112,16 @@ class Network:
         raises: MissingInput where the checkpoint lacks one
         """
         try:
-            for group in block.groups:
-                self._fill(group, read or self.read)
+            self.fill(block, read or self.read)
             self._refuse_missing(block)
             yield
         finally:
             _empty(block.module)
+
+    def fill(self, block: Block, read: Read) -> None:
+        """Put tensors into a block."""
+        for group in block.groups:
+            self._fill(group, read)
 
     @contextmanager
     def filled_on_demand(self, *, head: bool = False) -> Iterator[None]:

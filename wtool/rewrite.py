@@ -7,7 +7,7 @@ A room says what it gathers of an input, what it makes of the linears that share
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from wtool.block_pass import S, Site, Visitor
 from wtool.finite import refuse_nonfinite
 from wtool.network import Block, Linear, Network, Read
-from wtool.writer import Writer, checksum
+from wtool.ranks import ALONE, Ranks
+from wtool.writer import checksum
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,35 @@ class Change(Protocol[S]):
         ...
 
 
+class Output(Protocol):
+    """What is written, as far as a walk knows it."""
+
+    @property
+    def done(self) -> Mapping[str, str]:
+        """The tensors that are complete, and their checksums."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is done."""
+        ...
+
+    def write(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
+        """Put tensors in their places and note them as done, as `Writer.write` does."""
+        ...
+
+
 class Rewriting(Visitor[S]):
     """The visitor of a walk that changes linears and writes them block by block; use it as a context manager."""
 
-    def __init__(self, change: Change[S], network: Network, writer: Writer, transposed: Collection[str]):
-        self._change, self._network, self._writer = change, network, writer
+    def __init__(
+        self,
+        change: Change[S],
+        network: Network,
+        writer: Output,
+        transposed: Collection[str],
+        ranks: Ranks = ALONE,
+    ):
+        self._change, self._network, self._writer, self._ranks = change, network, writer, ranks
         self._transposed = transposed  # the tensors that lie as [in, out]
         self._before = frozenset(writer.done)  # written by an earlier run
         # what nothing waits for (the report, packing, writing) is done beside the walk, in this order
@@ -67,7 +92,7 @@ class Rewriting(Visitor[S]):
         self._ready: dict[str, Callable[[], Mapping[str, Tensor]]] = {}  # of the same
         self._writing: list[Future[None]] = []
 
-    def __enter__(self) -> "Rewriting[S]":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,7 +127,7 @@ class Rewriting(Visitor[S]):
         for name in tensors:
             if name not in walked and not all(output in self._writer.done for output in self._change.outputs(name)):
                 why = "transformers does not multiply by it in a block of the model"
-                self._keep(name, self._change.unseen(name, self._turned(name, self._network.read(name)).float(), why))
+                self._keep(name, self._change.unseen(name, self._turned(name, self._given(name)).float(), why))
                 self._write_beside([name])
         self._write_beside([])
 
@@ -113,13 +138,19 @@ class Rewriting(Visitor[S]):
         """[out, in] from how it lies, and back."""
         return stored.T if name in self._transposed else stored
 
+    def _given(self, name: str) -> Tensor:
+        """A matrix as it is before it is changed, as it lies in the checkpoint."""
+        return self._network.read(name)
+
     def _keep(self, name: str, made: Made) -> Tensor:
+        if not self._ranks.leads:
+            return made.value
         self._told[name] = self._beside.submit(self._explain, name, made.explain)
         self._ready[name] = made.encode
         return made.value
 
     def _explain(self, name: str, explain: Callable[[Tensor], Mapping[str, Any]]) -> Mapping[str, Any]:
-        stored = self._network.read(name)
+        stored = self._given(name)
         refuse_nonfinite(stored, f"{self._network.checkpoint.label}: tensor '{name}'")
         return explain(self._turned(name, stored))
 

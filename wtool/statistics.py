@@ -58,6 +58,10 @@ class Gram:
                 else:  # the products of 16-bit floats are exact in float32
                     target.add_(torch.mm(left, right, out_dtype=torch.float32))
 
+    def sums(self) -> list[Tensor]:
+        """What is to be added up, in place, with that of other tokens."""
+        return [self._sum, self._counts]
+
     def finish(self) -> Tensor:
         """The mean of x xᵀ, float32 [features, features], exactly symmetric; zeros where there was no token.
 
@@ -93,6 +97,10 @@ class Moments:
         self._counts += counts
         self._absolute += torch.linalg.vector_norm(rows, 1, dim=0, dtype=torch.float32)
         self._squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+
+    def sums(self) -> list[Tensor]:
+        """What is to be added up, in place, with that of other tokens."""
+        return [self._absolute, self._squares, self._counts]
 
     @property
     def mean_absolute(self) -> Tensor:

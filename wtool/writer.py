@@ -9,6 +9,7 @@ While the work goes on, everything is in a hidden folder beside the output:
         lock           held by the process that writes
         journal        what is complete: a line a step, with a checksum of each tensor
         output/        what will be NAME
+        parts/         files of it that other processes write (`wtool.executors.parts`)
         replaced/      what was NAME before, for a moment, under --force
 
 The output appears under its name by a rename, when it is whole and on the disk. After a stop (kill -9, a full
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import xxhash
 
+from wtool.checkpoint.made import MANIFEST as MANIFEST
 from wtool.dtypes import torch_dtype
 from wtool.errors import DiskFull, OutputError, OutputExists, UnfinishedWork
 from wtool.placed_file import PlacedFile
@@ -38,7 +40,8 @@ from wtool.shards import INDEX, Shard, index_of
 if TYPE_CHECKING:
     import torch
 
-MANIFEST = "wtool.json"
+DOWNLOADS = "downloads"  # inputs that are here only while they are read
+PARTS = "parts"
 _line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # making an encoder a line takes longer
 
 
@@ -122,6 +125,20 @@ class Writer:
             position += len(part)
         return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(info.shape)
 
+    def adopt(self, file: Path, done: Mapping[str, str], note: Mapping[str, Any]) -> None:
+        """Move a whole file of the output, written by another process and on the disk, to its place.
+
+        done: the checksum of each tensor in it
+        note: as `write` takes it, of all steps
+        """
+        (shard,) = (shard for shard in self.shards if shard.filename == file.name)
+        with disk_errors(self.out):
+            file.rename(self.folder / file.name)
+            self._files[file.name].close()
+            self._files[file.name] = PlacedFile(self.folder / file.name, shard.size)
+            if fresh := {name: digest for name, digest in done.items() if name not in self.done}:
+                self._note_done(fresh, dict(note))
+
     def _note_done(self, sums: dict[str, str], note: dict[str, Any]) -> None:
         line = _line({"done": sums, "note": note}).encode() + b"\n"
         with self._guard:
@@ -190,7 +207,8 @@ class Writer:
                 )
             entries = []
         if not entries:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for begun in (self.folder, self.work / PARTS):
+                shutil.rmtree(begun, ignore_errors=True)
             with journal.open("wb") as file:
                 file.write(json.dumps({"fingerprint": self.fingerprint}).encode() + b"\n")
         self.folder.mkdir(exist_ok=True)
@@ -210,7 +228,7 @@ class Writer:
         return file
 
     def _check_room(self) -> None:
-        present = sum(_allocated(self.folder / shard.filename) for shard in self.shards)
+        present = sum(_allocated(file) for file in self.work.rglob("*") if DOWNLOADS not in file.parts)
         needed = sum(shard.size for shard in self.shards) - present
         free = shutil.disk_usage(self.work).free
         if needed > free:

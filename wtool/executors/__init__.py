@@ -1,1 +1,6 @@
-"""Where a plan runs: `local`, this process."""
+"""Where a plan runs.
+
+local      this process, with threads
+ray        a Ray cluster: the output in parts, a file each
+ray_jobs   whole commands on a Ray cluster
+"""

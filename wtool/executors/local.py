@@ -6,7 +6,9 @@ alike are read from front to back. Results do not depend on the number of worker
 torch computes with one thread inside each.
 """
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from wtool.plan import Plan, Step, Told
 from wtool.shards import json_bytes
 from wtool.threads import available_processors, thread_pool
 from wtool.writer import MANIFEST, Writer, checksum, is_complete
+
+log = logging.getLogger(__name__)
 
 BYTES_A_WORKER = 1 << 24
 
@@ -70,6 +74,7 @@ def run(
     force: bool = False,
     allow_nonfinite: bool = False,
     walk: Walk | None = None,
+    elsewhere: Walk | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> Outcome:
     """Carry out a plan, or go on with one that was stopped.
@@ -78,6 +83,7 @@ def run(
     force: replace an output that is there, discard unfinished work of another recipe
     allow_nonfinite: write NaN and infinity instead of refusing them
     walk: writes the outputs of the steps that have no function, after all others
+    elsewhere: writes the outputs of the steps that have one, in the place of this process's threads
 
     raises: WtoolError; what was done is kept and continued by the same call
     """
@@ -90,9 +96,15 @@ def run(
         todo = [step for step in plan.steps if step.function and not all(name in writer.done for name in step.outputs)]
         resumed = sum(plan.outputs[name].nbytes for name in writer.done)
         progress(resumed)
+        log.debug("%s: %d of %d steps to do, %d bytes there already", out, len(todo), len(plan.steps), resumed)
+        if elsewhere is None:
+            _announce(plan, todo)
         if walk is None:
             keep_freed_memory()
-        _run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress)
+        if elsewhere is not None:
+            elsewhere(writer)
+        else:
+            run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress)
         if walk is not None:
             walk(writer)
         manifest = _manifest(plan, writer, fingerprint)
@@ -100,9 +112,25 @@ def run(
     return Outcome(out, already_there=False, resumed_bytes=resumed)
 
 
-def _run_steps(
-    plan: Plan, steps: list[Step], writer: Writer, workers: int, allow_nonfinite: bool, progress: Progress
+def _announce(plan: Plan, steps: Sequence[Step]) -> None:
+    """Tell each source what will be read of it."""
+    reads: list[list[str]] = [[] for _ in plan.sources]
+    for step in steps:
+        for source, name in step.reads:
+            reads[source].append(name)
+    for source, names in zip(plan.sources, reads, strict=True):
+        source.expect(names)
+
+
+def run_steps(
+    plan: Plan,
+    steps: list[Step],
+    writer: Writer,
+    workers: int,
+    allow_nonfinite: bool,
+    progress: Progress = lambda nbytes: None,
 ) -> None:
+    """Carry out steps of a plan that have functions, on some threads."""
     queue = iter(enumerate(steps))
     guard = threading.Lock()
     stop = threading.Event()
@@ -133,6 +161,7 @@ def _run_steps(
 
 
 def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> None:
+    begin = time.perf_counter()
     inputs = [plan.sources[source].read(name) for source, name in step.reads]
     assert step.function is not None
     result = step.function(*inputs)
@@ -149,6 +178,8 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
     writer.write(tensors, note={"inputs": sums, **({"report": told.report} if told else {})})
     for source, name in step.reads:
         plan.sources[source].forget(name)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s: done in %.3f s", ", ".join(step.outputs), time.perf_counter() - begin)
 
 
 def _nonfinite(
