@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from wtool import recipe_file
 from wtool.errors import UsageError, did_you_mean
 from wtool.recipe_file import parsed
+from wtool.recipe_parts import one_of
 
 from .kinds import KINDS, Divergence
 
@@ -31,15 +32,21 @@ class Data(BaseModel):
 
     model_config = _FROZEN
 
-    sources: tuple[str, ...] = ()  # files or Hub datasets; none is the built-in text, or the windows of a cache
-    samples: int | None = Field(default=None, ge=2)  # windows; None is as many as the training is long
-    seqlen: int = Field(default=1024, ge=2)  # tokens of a window
-    seed: int = 0  # of the choice of windows
-    text_column: str | None = None  # where it is none of the usual
-    split: str = "train"  # of a dataset
-    held_out: int = Field(default=16, ge=1)  # windows that are never trained on; a fifth of all at most
-    held_out_sources: tuple[str, ...] = ()  # text for them, in the place of windows of the text above
-    separate: bool = False  # keep the documents of a window from attending to one another
+    sources: tuple[str, ...] = Field(
+        default=(), description="files or datasets of the Hub; none is the built-in text, or the windows of a cache"
+    )
+    samples: int | None = Field(default=None, ge=2, description="windows; null is as many as the training is long")
+    seqlen: int = Field(default=1024, ge=2, description="tokens of a window")
+    seed: int = Field(default=0, description="of the choice of windows")
+    text_column: str | None = Field(
+        default=None, description="key or column of the text, where it is none of the usual"
+    )
+    split: str = Field(default="train", description="of a dataset")
+    held_out: int = Field(default=16, ge=1, description="windows that are never trained on; a fifth of all at most")
+    held_out_sources: tuple[str, ...] = Field(
+        default=(), description="text for them, in the place of windows of the text above"
+    )
+    separate: bool = Field(default=False, description="keep the documents of a window from attending to one another")
 
 
 class Loss(BaseModel):
@@ -47,14 +54,16 @@ class Loss(BaseModel):
 
     model_config = _FROZEN
 
-    kind: str = "forward-kl"
-    temperature: float = Field(default=1.0, gt=0)
-    beta: float = Field(default=0.5, ge=0, le=1)  # of jsd: 0 is forward KL, 1 reverse KL
-    alpha: float = Field(default=0.1, gt=0, lt=1)  # of the skew divergences
-    kd: float = Field(default=1.0, ge=0)  # weight of the divergence
-    ce: float = Field(default=0.0, ge=0)  # weight of the cross-entropy with the text
-    hidden: Literal["none", "mse", "cosine"] = "none"  # compare hidden states layer by layer too
-    hidden_weight: float = Field(default=1.0, gt=0)
+    kind: str = Field(default="forward-kl", description="divergence from the teacher", json_schema_extra=one_of(KINDS))
+    temperature: float = Field(default=1.0, gt=0, description="of both distributions")
+    beta: float = Field(default=0.5, ge=0, le=1, description="of jsd: 0 is forward KL, 1 reverse KL")
+    alpha: float = Field(default=0.1, gt=0, lt=1, description="of the skew divergences")
+    kd: float = Field(default=1.0, ge=0, description="weight of the divergence")
+    ce: float = Field(default=0.0, ge=0, description="weight of the cross-entropy with the text")
+    hidden: Literal["none", "mse", "cosine"] = Field(
+        default="none", description="compare hidden states layer by layer too"
+    )
+    hidden_weight: float = Field(default=1.0, gt=0, description="weight of that")
 
     @field_validator("kind")
     @classmethod
@@ -79,25 +88,33 @@ class Training(BaseModel):
 
     model_config = _FROZEN
 
-    steps: int | None = Field(default=None, ge=1)  # of the optimizer
-    epochs: float | None = Field(default=None, gt=0)  # times over the text
-    tokens: int | None = Field(default=None, ge=1)
-    batch: int = Field(default=4, ge=1)  # windows a forward, on each device
-    accumulation: int = Field(default=1, ge=1)  # forwards a step
-    optimizer: str = "adamw"
-    optimizer_arguments: dict[str, Any] = {}  # what else the optimizer's class takes
-    schedule: str = "cosine"
-    warmup: float = Field(default=0.05, ge=0, lt=1)  # share of the steps
-    lr: float = Field(default=1e-4, gt=0)  # the highest
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip: float = Field(default=1.0, ge=0)  # largest norm of the gradient; 0 is any
-    checkpointing: bool = False  # compute activations again in the backward instead of keeping them
-    precision: Literal["float32", "mixed", "bfloat16"] | None = None  # None: float32 on CPUs, else mixed
-    evaluate_every: int | None = Field(default=None, ge=1)  # steps; None is a tenth of them
-    patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before it stops
-    on_policy: float = Field(default=0.0, ge=0, le=1)  # share of batches whose second half the student writes
-    seed: int = 0
-    tensorboard: str | None = None  # folder for its event files
+    steps: int | None = Field(default=None, ge=1, description="of the optimizer")
+    epochs: float | None = Field(default=None, gt=0, description="times over the text")
+    tokens: int | None = Field(default=None, ge=1, description="to learn from")
+    batch: int = Field(default=4, ge=1, description="windows a forward, on each device")
+    accumulation: int = Field(default=1, ge=1, description="forwards a step")
+    optimizer: str = Field(default="adamw", description="one of ours, or of transformers by its name")
+    optimizer_arguments: dict[str, Any] = Field(default={}, description="what else the optimizer's class takes")
+    schedule: str = Field(
+        default="cosine", description="of the learning rate: one of ours, or of transformers by its name"
+    )
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    lr: float = Field(default=1e-4, gt=0, description="the highest learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="of the matrices")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 is any")
+    checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward instead of keeping them"
+    )
+    precision: Literal["float32", "mixed", "bfloat16"] | None = Field(
+        default=None, description="null: float32 on CPUs, else mixed"
+    )
+    evaluate_every: int | None = Field(default=None, ge=1, description="steps; null is a tenth of them")
+    patience: int | None = Field(default=None, ge=1, description="evaluations without a better one before it stops")
+    on_policy: float = Field(
+        default=0.0, ge=0, le=1, description="share of batches whose second half the student writes"
+    )
+    seed: int = Field(default=0, description="of the order of the text and of dropout")
+    tensorboard: str | None = Field(default=None, description="folder for its event files")
 
     @field_validator("schedule")
     @classmethod
@@ -132,11 +149,11 @@ class Lora(BaseModel):
 
     model_config = _FROZEN
 
-    rank: int = Field(ge=1)
-    alpha: float | None = Field(default=None, gt=0)  # None is twice the rank
-    targets: tuple[str, ...] = ("all-linear",)  # ends of module names
-    keep_adapter: bool = False  # write the adapter instead of the student with it added
-    four_bit: bool = False  # keep the student's own weights in 4 bits meanwhile (QLoRA)
+    rank: int = Field(ge=1, description="of the factors")
+    alpha: float | None = Field(default=None, gt=0, description="null is twice the rank")
+    targets: tuple[str, ...] = Field(default=("all-linear",), description="ends of module names")
+    keep_adapter: bool = Field(default=False, description="write the adapter instead of the student with it added")
+    four_bit: bool = Field(default=False, description="keep the student's own weights in 4 bits meanwhile (QLoRA)")
 
 
 class DistillRecipe(BaseModel):
@@ -144,16 +161,16 @@ class DistillRecipe(BaseModel):
 
     model_config = _FROZEN
 
-    teacher: str  # a checkpoint, or a folder that `wtool teacher-cache` made
-    student: str | None = None
-    student_layers: int | tuple[int, ...] | None = None  # of the teacher: how many, or which
-    student_config: str | None = None  # a config.json to start from random weights
-    data: Data = Data()
-    loss: Loss = Loss()
-    training: Training = Training()
-    lora: Lora | None = None
-    teacher_4bit: bool = False
-    stream_teacher: bool = False  # one block of the teacher in memory at a time
+    teacher: str = Field(description="a checkpoint, or a folder that `wtool teacher-cache` made")
+    student: str | None = Field(default=None, description="checkpoint to train")
+    student_layers: int | tuple[int, ...] | None = Field(default=None, description="of the teacher: how many, or which")
+    student_config: str | None = Field(default=None, description="a config.json to start from random weights")
+    data: Data = Field(default=Data(), description="the text to learn from")
+    loss: Loss = Field(default=Loss(), description="what the student is to make small")
+    training: Training = Field(default=Training(), description="how long and how it is trained")
+    lora: Lora | None = Field(default=None, description="train small factors beside the weights instead of the weights")
+    teacher_4bit: bool = Field(default=False, description="keep the teacher in 4 bits")
+    stream_teacher: bool = Field(default=False, description="one block of the teacher in memory at a time")
 
     @model_validator(mode="after")
     def _one_student(self) -> "DistillRecipe":

@@ -15,5 +15,6 @@ base, trimmed, elected, summed), `selection` (the k largest without a sort), `ra
 nothing but seed, model, tensor and element).
 
 The rest is about names: `recipe` (what was asked; the table of methods), `parameters` (gradients and filters),
-`config` (mergekit's YAML), `planner` (recipe to plan), `tokenizer` (do the vocabularies agree).
+`config` (mergekit's YAML), `planner` (recipe to plan), `tokenizer` (do the vocabularies agree),
+`disagreement` (what the report tells of a merge).
 """

@@ -1,13 +1,17 @@
 """`wtool merge`: options or a YAML file -> recipe -> plan -> run."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wtool import options
 from wtool.errors import UsageError
 
 if TYPE_CHECKING:
+    from wtool.executors.local import Outcome
     from wtool.plan import Plan
 
     from .recipe import MergeRecipe
@@ -37,16 +41,20 @@ def merge(
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
     workers: Annotated[int | None, typer.Option(min=1, help="threads [default: processors + 1]")] = None,
+    executor: options.Executor = "local",
+    low_disk: options.LowDisk = False,
     force: Annotated[bool, typer.Option("--force", help="replace the output if it is there")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the plan and every problem; read no weights")
     ] = False,
+    sketch: options.Sketch = None,
     ignore_tokenizers: Annotated[bool, typer.Option("--ignore-tokenizers", help="merge unlike vocabularies")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="write NaN and infinity")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no remarks")] = False,
 ) -> None:
     """Merge checkpoints into one, streamed tensor by tensor."""
+    dry_run = dry_run or sketch is not None
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
     flags: dict[str, Any] = {
@@ -63,19 +71,25 @@ def merge(
         "rescale": rescale,
     }
     from wtool.console import parse_size
+    from wtool.executors import chosen
 
     from .planner import plan_merge
 
-    plan = plan_merge(
+    make = partial(
+        plan_merge,
         _recipe(models, {key: value for key, value in flags.items() if value is not None}),
-        headers_only=dry_run,
         ignore_tokenizers=ignore_tokenizers,
         max_shard_bytes=parse_size(shard_size),
     )
+    plan = make(headers_only=dry_run, low_disk=options.downloads(low_disk, output))
     if dry_run:
+        options.draw(plan, sketch)
         raise typer.Exit(_show(plan, workers, as_json))
     assert output is not None
-    _run(plan, output, workers, force, allow_nonfinite, as_json, quiet)
+    chosen.check(executor, plan)
+    options.check_low_disk(low_disk, plan, executor)
+    carry_out = partial(chosen.run, executor, make, workers=workers, force=force, allow_nonfinite=allow_nonfinite)
+    _run(plan, output, carry_out, as_json, quiet)
 
 
 def _recipe(models: list[str], flags: dict[str, Any]) -> "MergeRecipe":
@@ -121,20 +135,17 @@ def _show(plan: "Plan", workers: int | None, as_json: bool) -> int:
     return 3 if plan.problems else 0
 
 
-def _run(
-    plan: "Plan", output: Path, workers: int | None, force: bool, allow_nonfinite: bool, as_json: bool, quiet: bool
-) -> None:
+def _run(plan: "Plan", output: Path, carry_out: Callable[..., "Outcome"], as_json: bool, quiet: bool) -> None:
     import time
 
     from wtool import console
-    from wtool.executors.local import run
 
     plan.check()
     for warning in plan.warnings:
         console.warn(warning)
     start = time.perf_counter()
     with console.progress("merging", sum(info.nbytes for info in plan.outputs.values()), quiet=quiet) as advance:
-        outcome = run(plan, output, workers=workers, force=force, allow_nonfinite=allow_nonfinite, progress=advance)
+        outcome = carry_out(plan, output, progress=advance)
     seconds = time.perf_counter() - start
     if as_json:
         console.emit_json(

@@ -6,6 +6,7 @@ Hub that nobody has downloaded as for one on disk.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from wtool.checkpoint.quantized import refuse_quantized
 from wtool.checkpoint.tied import embedding_name, head_name, is_tied
 from wtool.dtypes import FLOATS, config_name, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
-from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step
+from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
 from wtool.shards import json_bytes
 
 from .card import model_card
+from .disagreement import figures
 from .lineage import common_base
 from .parameters import LAYER, Depths, resolve
 from .random_mask import mask_key
@@ -35,26 +37,28 @@ def plan_merge(
     recipe: MergeRecipe,
     *,
     headers_only: bool = False,
+    low_disk: Path | None = None,
     ignore_tokenizers: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Plan:
     """Make the plan of a merge.
 
     headers_only: models on the Hub are not downloaded; the plan can be shown and not run
+    low_disk: a folder to keep the shards of models on the Hub in while they are read, instead of the cache
     ignore_tokenizers: merge though the same numbers mean other tokens
 
     raises: UsageError, InputError where there is nothing to plan on; else `Plan.problems` tells
     """
     warnings: list[str] = []
     if recipe.method.has_base and recipe.base_model is None:
-        models = [open_checkpoint(entry.model, headers_only=headers_only) for entry in recipe.models]
+        models = [open_checkpoint(entry.model, headers_only=headers_only, low_disk=low_disk) for entry in recipe.models]
         if found := common_base(models):
             recipe = recipe.model_copy(update={"base_model": found})
             warnings.append(f"no base is given; took {found}, which the cards of all models name")
     base, entries = _roles(recipe)
     names = [base, *(name for name, _ in entries)] if base else [name for name, _ in entries]
     unique = list(dict.fromkeys(names))
-    opened = {name: open_checkpoint(name, headers_only=headers_only) for name in unique}
+    opened = {name: open_checkpoint(name, headers_only=headers_only, low_disk=low_disk) for name in unique}
     for checkpoint in opened.values():
         refuse_quantized(checkpoint)
     sources = tuple(opened.values())
@@ -198,6 +202,8 @@ class _Planner:
             return Step(tuple(reads), {name: first}, partial(_equal, name))
         dtype = self.recipe.output_dtype or promote([info.dtype for info in infos])
         function = partial(_call, self.method.function, self.method.has_base, self._numbers(name, torch_dtype(dtype)))
+        if self.method.has_base:
+            function = partial(_call_and_tell, function, name)
         return Step(tuple(reads), {name: TensorInfo(dtype, first.shape)}, function)
 
     def _numbers(self, name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -231,6 +237,13 @@ def _call(function: Callable[..., Tensor], has_base: bool, numbers: Mapping[str,
     if has_base:
         return function(tensors[0], tensors[1:], **numbers)
     return function(tensors, **numbers)
+
+
+def _call_and_tell(call: Callable[..., Tensor], name: str, *tensors: Tensor) -> Told:
+    """With figures for the report, of a method that has a base."""
+    merged = call(*tensors)
+    told = figures(tensors[0], tensors[1:], merged)
+    return Told((merged,), {name.removesuffix(".weight"): told} if told else {})
 
 
 def _equal(name: str, *tensors: Tensor) -> Tensor:

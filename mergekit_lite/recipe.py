@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from wtool.dtypes import parse_float_dtype
 from wtool.errors import UsageError, did_you_mean
 from wtool.recipe_file import read_yaml, validated
+from wtool.recipe_parts import one_of
 
 from .dare import dare_linear, dare_ties
 from .linear import linear
 from .passthrough import passthrough
+from .schema import of_method
 from .slerp import slerp
 from .task_arithmetic import task_arithmetic
 from .ties import ties
@@ -145,13 +147,18 @@ METHODS: dict[str, Method] = {
 Scalar = bool | int | float | str
 
 
+def with_parameters(schema: dict[str, Any]) -> None:
+    """Let a recipe's schema tell the parameters of each method."""
+    schema["allOf"] = [of_method(name, method.per_model, method.shared) for name, method in METHODS.items()]
+
+
 class Filtered(BaseModel):
     """A value for the tensors whose name holds a text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    filter: str | None = None  # None and "*" fit every tensor
-    value: Scalar | list[int | float]
+    filter: str | None = Field(default=None, description="a text in the tensor's name; null and '*' fit every tensor")
+    value: Scalar | list[int | float] = Field(description="a constant, or a gradient over the layers")
 
 
 Setting = Scalar | list[int | float] | list[Filtered]
@@ -163,22 +170,22 @@ class ModelEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
-    parameters: dict[str, Setting] = Field(default_factory=dict)
+    model: str = Field(description="folder, file or Hub id (org/name@revision), with +adapter for LoRA adapters")
+    parameters: dict[str, Setting] = Field(default_factory=dict, description="of the method, for this model")
 
 
 class MergeRecipe(BaseModel):
     """A merge, as asked. The field names are those of mergekit's YAML."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=with_parameters)
 
-    merge_method: str
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
-    base_model: str | None = None
-    parameters: dict[str, Setting] = Field(default_factory=dict)
-    dtype: str | None = None
-    out_dtype: str | None = None
-    seed: int = 0
+    merge_method: str = Field(description="how the models are merged", json_schema_extra=one_of(METHODS))
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="the models to merge")
+    base_model: str | None = Field(default=None, description="checkpoint the models were fine-tuned from")
+    parameters: dict[str, Setting] = Field(default_factory=dict, description="of the method, for all models")
+    dtype: str | None = Field(default=None, description="type of the output's weights; null keeps the inputs'")
+    out_dtype: str | None = Field(default=None, description="the same, and goes before dtype")
+    seed: int = Field(default=0, description="of random masks")
 
     @property
     def method(self) -> Method:

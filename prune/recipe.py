@@ -10,7 +10,7 @@ from wtool import recipe_file
 from wtool.errors import UsageError
 from wtool.grid import BITS, Grid
 from wtool.recipe_file import parsed
-from wtool.recipe_parts import Calibration, known
+from wtool.recipe_parts import Calibration, known, one_of
 
 from .pattern import Sparsity, parse_pattern
 
@@ -52,40 +52,73 @@ class PruneRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
+    model: str = Field(description="checkpoint to prune: folder, file or Hub id")
     # structure: how much stays
-    layers: int | tuple[int, ...] | None = None  # how many, or which by their numbers from 0
-    hidden: int | None = Field(default=None, ge=1)
-    ffn: int | None = Field(default=None, ge=1)
-    heads: int | None = Field(default=None, ge=1)
-    kv_heads: int | None = Field(default=None, ge=1)
-    experts: int | None = Field(default=None, ge=1)
-    expert_ffn: int | None = Field(default=None, ge=1)
-    params: int | None = Field(default=None, ge=1)  # find sizes with at most so many parameters
-    depth_score: str = "perplexity"
-    expert_score: str = "reap"
-    compensate: bool = True  # fit what reads pruned channels to what is left of them
-    rescale_norms: bool = True  # after hidden channels went
-    rotate: bool = False  # the residual stream into its principal directions, before hidden channels go
+    layers: int | tuple[int, ...] | None = Field(
+        default=None, description="structure: layers to keep, how many or which by their numbers from 0"
+    )
+    hidden: int | None = Field(default=None, ge=1, description="structure: channels of the residual stream to keep")
+    ffn: int | None = Field(default=None, ge=1, description="structure: channels of each feed-forward block to keep")
+    heads: int | None = Field(default=None, ge=1, description="structure: query heads to keep")
+    kv_heads: int | None = Field(
+        default=None, ge=1, description="structure: key-value heads to keep, with their query heads"
+    )
+    experts: int | None = Field(default=None, ge=1, description="structure: experts of each layer to keep")
+    expert_ffn: int | None = Field(default=None, ge=1, description="structure: channels inside each expert to keep")
+    params: int | None = Field(default=None, ge=1, description="structure: find sizes with at most so many parameters")
+    depth_score: str = Field(
+        default="perplexity", description="which layers go", json_schema_extra=one_of(DEPTH_SCORES)
+    )
+    expert_score: str = Field(default="reap", description="which experts go", json_schema_extra=one_of(EXPERT_SCORES))
+    compensate: bool = Field(default=True, description="fit what reads pruned channels to what is left of them")
+    rescale_norms: bool = Field(default=True, description="after hidden channels went")
+    rotate: bool = Field(
+        default=False, description="the residual stream into its principal directions, before hidden channels go"
+    )
     # matrices
-    method: str | None = None
-    sparsity: float | None = None  # share of the weights to drop
-    pattern: str | None = None  # N:M, N kept of every M neighbours
-    layer_ratios: Literal["uniform", "owl", "by-shape"] = "uniform"
-    owl_times_mean: float = Field(default=5.0, ge=1)  # M: scores that many times their mean are outliers
-    owl_spread: float = Field(default=0.08, ge=0, le=0.5)  # λ: sparsities of blocks differ by at most twice as much
-    rank_ratio: float | None = None  # of a matrix's parameters to keep
-    ranks: Literal["uniform", "energy"] = "energy"
-    factors: bool = True  # store the thin matrices; otherwise their product
-    bits: int | None = None  # sparsegpt: round what stays as well, stored as compressed-tensors
-    group_size: int = 128  # input features that share a scale; -1 is a whole row
-    symmetric: bool = True
-    damping: float = Field(default=0.01, gt=0, le=1)  # share of the mean of the Gram matrix's diagonal
-    pack: bool = False  # a bit for every weight and the ones that stay, in the place of zeros
-    ignore: tuple[str, ...] = ()  # filters of modules to leave as they are
-    way: Literal["sequential", "one-pass"] = "one-pass"
-    calibration: Calibration = Calibration()
-    statistics: str | None = None  # a folder that `wtool calibrate` made, in the place of calibration text
+    method: str | None = Field(
+        default=None,
+        description="of pruning matrices one by one; null prunes the structure",
+        json_schema_extra=one_of(METHODS, None),
+    )
+    sparsity: float | None = Field(default=None, description="share of the weights to drop, in [0, 1)")
+    pattern: str | None = Field(default=None, description="N:M, N kept of every M neighbours")
+    layer_ratios: Literal["uniform", "owl", "by-shape"] = Field(
+        default="uniform", description="how the sparsity is shared out over the layers"
+    )
+    owl_times_mean: float = Field(
+        default=5.0, ge=1, description="owl's M: scores that many times their mean are outliers"
+    )
+    owl_spread: float = Field(
+        default=0.08, ge=0, le=0.5, description="owl's λ: sparsities of blocks differ by at most twice as much"
+    )
+    rank_ratio: float | None = Field(default=None, description="share of a matrix's parameters to keep, in (0, 1]")
+    ranks: Literal["uniform", "energy"] = Field(
+        default="energy", description="how ranks are shared out over the matrices"
+    )
+    factors: bool = Field(default=True, description="store the thin matrices; otherwise their product")
+    bits: int | None = Field(
+        default=None,
+        description="sparsegpt: round what stays as well, stored as compressed-tensors",
+        json_schema_extra=one_of(BITS, None),
+    )
+    group_size: int = Field(default=128, description="input features that share a scale; -1 is a whole row")
+    symmetric: bool = Field(default=True, description="without zero points")
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="share of the mean of the Gram matrix's diagonal to add to it"
+    )
+    pack: bool = Field(
+        default=False, description="a bit for every weight and the ones that stay, in the place of zeros"
+    )
+    ignore: tuple[str, ...] = Field(default=(), description="filters of modules to leave as they are")
+    way: Literal["sequential", "one-pass"] = Field(
+        default="one-pass",
+        description="fit each linear to what the pruned ones before it feed it, or to the model as it was",
+    )
+    calibration: Calibration = Field(default=Calibration(), description="the text that inputs are gathered from")
+    statistics: str | None = Field(
+        default=None, description="folder that `wtool calibrate` made, in the place of calibration text"
+    )
 
     @property
     def kind(self) -> Kind:

@@ -28,6 +28,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         for variable, value in {
             "HF_ENDPOINT": server.url,
             "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1,localhost",
         }.items():
             monkeypatch.setenv(variable, value)
@@ -39,6 +40,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         # nothing is encrypted here, and to load the certificates takes a tenth of a second each time
         monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
         close_session()

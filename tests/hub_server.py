@@ -2,10 +2,12 @@
 
 What is imitated, and no more: model_info and the tree listing, HEAD and GET of `resolve` with ETag, X-Repo-Commit,
 X-Linked-Size and X-Linked-Etag, the redirect of large files to another host (`localhost`, to which no token may be
-sent), Range requests, and X-Error-Code with 401, 403 and 404. Every request is kept in `requests`, with the number of
-bytes answered, so that a test can say what was fetched.
+sent), Range requests, and X-Error-Code with 401, 403 and 404; of writing, without Xet: repositories and branches made,
+preupload, LFS's batch and PUT, and commits. Every request is kept in `requests`, with the number of bytes answered, so
+that a test can say what was fetched.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -34,6 +36,13 @@ class Repository:
     token: str | None = None  # private: who sends this token may read
     gated: bool = False  # listed for everybody, files for nobody
 
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        """Make the files the new content of a branch; returns the commit."""
+        commit = hashlib.sha1(repr((branch, len(self.commits), sorted(files.items()))).encode()).hexdigest()
+        self.commits[commit] = files
+        self.branches[branch] = commit
+        return commit
+
 
 class HubServer:
     """Use as a context manager; `url` is the endpoint."""
@@ -46,6 +55,9 @@ class HubServer:
         self.silent = threading.Event()  # set: accept connections and answer nothing
         self.ignore_ranges = False
         self.login_page = False  # answer questions with a page of HTML, as a hotel's network does
+        self.writers: dict[str, set[str]] = {}  # organization → tokens that may write there
+        self.objects: dict[str, bytes] = {}  # LFS: sha256 → content
+        self.refuse_uploads: int | None = None  # answer LFS's PUT with this status
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.port = self._server.server_address[1]
@@ -102,6 +114,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_HEAD(self) -> None:
             self.answer()
 
+        def do_POST(self) -> None:
+            self.write()
+
+        def do_PUT(self) -> None:
+            self.write()
+
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
@@ -155,8 +173,110 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     entries.append({"type": "file", "path": path, "oid": oid, **entry})
                 else:
                     entries.append({"rfilename": path, **({"blobId": oid, **entry} if "blobs" in query else {})})
-            answer = entries if rest[:1] == ["tree"] else {"id": name, "sha": commit, "siblings": entries}
+            private = hub.repositories[name].token is not None
+            info = {"id": name, "sha": commit, "private": private, "siblings": entries}
+            answer = entries if rest[:1] == ["tree"] else info
             self.body(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+        def write(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or self.chunks()
+            parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
+            if hub.down:
+                self.error(hub.down, "", "out of order")
+            elif parts[0] == "lfs":
+                if hub.refuse_uploads is None:
+                    assert hashlib.sha256(content).hexdigest() == parts[1]
+                    hub.objects[parts[1]] = content
+                self.body(hub.refuse_uploads or 200, b"", {})
+            elif parts == ["api", "validate-yaml"]:
+                self.json({"errors": [], "warnings": []})
+            elif parts == ["api", "repos", "create"]:
+                asked = json.loads(content)
+                self.create(f"{asked['organization']}/{asked['name']}", asked)
+            elif parts[2:] == ["info", "lfs", "objects", "batch"]:
+                self.batch("/".join(parts[:2]).removesuffix(".git"), json.loads(content))
+            else:
+                self.change("/".join(parts[2:4]), parts[4], parts[5], content)
+
+        def chunks(self) -> bytes:
+            """A body of unknown length."""
+            data = b""
+            while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
+                data += self.rfile.read(size)
+                self.rfile.readline()
+            return data
+
+        def may_write(self, name: str) -> str | None:
+            """The token, if it may write; None where an error was answered."""
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+            if token is None or token == "expired":
+                self.error(401, "", "Invalid username or password.")
+            elif token not in hub.writers.get(name.partition("/")[0], ()):
+                self.error(403, "", "You don't have the rights to create a model under this namespace")
+            else:
+                return token
+            return None
+
+        def create(self, name: str, asked: dict[str, Any]) -> None:
+            token = self.may_write(name)
+            if token is None:
+                return
+            if name in hub.repositories:
+                self.json({"error": "You already created this model repo", "url": f"{hub.url}/{name}"}, 409)
+                return
+            private = asked.get("visibility") == "private" or bool(asked.get("private"))
+            repository = hub.repositories[name] = Repository(token=token if private else None)
+            repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+            self.json({"url": f"{hub.url}/{name}"})
+
+        def batch(self, name: str, asked: dict[str, Any]) -> None:
+            if self.may_write(name) is None:
+                return
+            objects = []
+            for each in asked["objects"]:
+                known = each["oid"] in hub.objects
+                action = {} if known else {"actions": {"upload": {"href": f"{hub.url}/lfs/{each['oid']}"}}}
+                objects.append({**each, **action})
+            self.json({"transfer": "basic", "objects": objects})
+
+        def change(self, name: str, what: str, branch: str, content: bytes) -> None:
+            if self.may_write(name) is None:
+                return
+            repository = hub.repositories[name]
+            if what == "branch":
+                if branch in repository.branches:
+                    self.json({"error": "Reference already exists"}, 409)
+                    return
+                repository.branches[branch] = repository.branches["main"]
+                self.json({})
+            elif branch not in repository.branches:
+                self.error(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+            elif what == "preupload":
+                modes = [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for file in json.loads(content)["files"]
+                ]
+                self.json({"files": modes})
+            else:
+                files = dict(repository.commits[repository.branches[branch]])
+                for line in content.splitlines():
+                    operation = json.loads(line)
+                    value = operation["value"]
+                    if operation["key"] == "file":
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    elif operation["key"] == "lfsFile":
+                        files[value["path"]] = hub.objects[value["oid"]]
+                    elif operation["key"] == "deletedFile":
+                        del files[value["path"]]
+                commit = repository.commit(branch, files)
+                self.json({"commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit})
+
+        def json(self, answer: dict[str, Any], status: int = 200) -> None:
+            self.body(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         def resolve(self, name: str, revision: str, path: str) -> None:
             found = self.find(name, revision)

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from wtool import __version__
+from wtool import __version__, console
 from wtool.errors import UsageError, WtoolError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,11 +24,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "prune": ("prune.cli:app", "make a checkpoint smaller or sparse: depth, width, experts, weights, rank"),
     "distill": ("distill.cli:app", "train a student to say what its teacher says"),
     "teacher-cache": ("distill.cli:cache_app", "keep what a teacher says of a text, for students to come"),
+    "run": ("wtool.commands.run:app", "run a pipeline of stages from a file, or what is left of it"),
     "calibrate": ("wtool.commands.calibrate:app", "gather statistics once, for any quantization to start from"),
     "inspect": ("wtool.commands.inspect:app", "what a checkpoint holds: tensors, types, sizes, configuration"),
     "diff": ("wtool.commands.diff:app", "how far two checkpoints are apart, tensor by tensor"),
     "eval": ("wtool.commands.eval:app", "perplexity on a text, and divergence from a reference model"),
     "report": ("wtool.commands.report:app", "a page that tells what was done to a checkpoint"),
+    "push": ("wtool.commands.push:app", "upload a checkpoint with its card to the Hub, private unless told otherwise"),
+    "schema": ("wtool.commands.schema:app", "the JSON schema of a verb's recipe, from which editors complete"),
+    "doctor": ("wtool.commands.doctor:app", "versions, devices, room, what is missing and how to mend it"),
     "demo": ("wtool.commands.demo:app", "merge two small trained experts and show what it did"),
 }
 
@@ -58,33 +62,64 @@ def load(verb: str) -> "typer.Typer":
 
 
 def run(arguments: list[str]) -> int:
-    """Run the command line; returns the exit code."""
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(help_text())
-        return 0
-    if arguments[0] == "--version":
-        print(f"wtool {__version__}")
-        return 0
-    verb, *rest = arguments
+    """Run the command line; returns the exit code.
+
+    With --json an error is told on stdout too: {"error": the line, "exit_code": the code}.
+    """
     try:
-        code = load(verb)(args=rest, prog_name=f"wtool {verb}", standalone_mode=False)
-        if code == INTERRUPTED:
-            print("stopped", file=sys.stderr)
-        return code if isinstance(code, int) else 0
+        if not arguments or arguments[0].startswith("-") or arguments[0] == "help":
+            return _without_verb(arguments)
+        with console.log_shown("debug" if "--verbose" in arguments else os.environ.get("WTOOL_LOG")):
+            code = _run_verb(*arguments)
+            return _failed("stopped", INTERRUPTED, arguments) if code == INTERRUPTED else code
     except WtoolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(f"error: {error}", error.exit_code, arguments)
     except Exception as error:
-        if _is_usage(error):
-            print(f"error: {error.format_message()} (wtool {verb} --help)", file=sys.stderr)  # type: ignore[attr-defined]
-            return 2
+        if hasattr(error, "format_message"):
+            told = error.format_message()  # type: ignore[attr-defined]
+            return _failed(f"error: {told} (wtool {arguments[0]} --help)", 2, arguments)
         if type(error).__name__ in ("Abort", "Exit"):
             return getattr(error, "exit_code", 1)
+        _tell_scripts(f"{type(error).__name__}: {error}", 1, arguments)
         raise
 
 
-def _is_usage(error: Exception) -> bool:
-    return hasattr(error, "format_message")
+def _without_verb(arguments: list[str]) -> int:
+    """What can be asked of the tool itself."""
+    flag, *rest = arguments or ["--help"]
+    if flag in ("--help", "-h", "help"):
+        print(help_text())
+    elif flag == "--version":
+        print(f"wtool {__version__}")
+    elif flag in ("--show-completion", "--install-completion", "--complete"):
+        from wtool import completion
+
+        print(completion.answer(flag, rest, VERBS, load), end="")
+    else:
+        raise UsageError(f"no option '{flag}' (wtool --help)")
+    return 0
+
+
+def _run_verb(verb: str, *rest: str) -> int:
+    app = load(verb)
+    from wtool.options import command_of
+
+    command = command_of(app)
+    with console.log_whole(verb):
+        code = command.main(args=list(rest), prog_name=f"wtool {verb}", standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(line: str, code: int, arguments: list[str]) -> int:
+    """Tell an error, on stderr and to scripts."""
+    print(line, file=sys.stderr)
+    _tell_scripts(line.removeprefix("error: "), code, arguments)
+    return code
+
+
+def _tell_scripts(message: str, code: int, arguments: list[str]) -> None:
+    if "--json" in arguments:
+        console.emit_json({"error": message, "exit_code": code})
 
 
 def main() -> None:

@@ -1,14 +1,25 @@
 """What a person sees: results on stdout, progress and remarks on stderr, JSON for scripts.
 
-rich is imported where something is drawn, so that a command's --help does not wait for it.
+rich is imported where something is drawn, so that a command's --help does not wait for it. What happens inside is
+told by the logger `wtool` and those below it, on stderr, when --verbose or WTOOL_LOG asks for it.
 """
 
 import json
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from wtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+LEVELS = ("debug", "info", "warning")
+log = logging.getLogger("wtool")
 
 
 def emit_json(result: Mapping[str, Any]) -> None:
@@ -62,8 +73,9 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str
 
 @contextmanager
 def progress(label: str, total: int, *, quiet: bool = False, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """Show how far a long work is, with its rate and the time left; nothing where stderr is not a terminal.
+    """Show how far a long work is: units done, rate, time left, memory; nothing where stderr is not a terminal.
 
+    label: the stage of the work
     total: in units
     yields: a function that is told how many units more are done; any thread may call it
     """
@@ -71,23 +83,106 @@ def progress(label: str, total: int, *, quiet: bool = False, unit: str = "bytes"
         yield lambda amount: None
         return
     from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    columns = _columns(unit, 24 if console.width > 90 else 10)
+    shown = Progress(*columns, console=console, speed_estimate_period=300)
+    with shown:
+        task = shown.add_task(label, total=total)
+        yield lambda amount: shown.advance(task, amount)
+
+
+def _columns(unit: str, bar: int) -> "list[ProgressColumn]":
+    """What a line of progress shows; bar: its width in characters."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
-        Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.table import Column
+    from rich.text import Text
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    shown = Progress(
-        TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn(), console=Console(stderr=True)
-    )
-    with shown:
-        task = shown.add_task(label, total=total)
-        yield lambda amount: shown.advance(task, amount)
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.3g} {unit}/s" if task.speed else "")
+
+    class Memory(ProgressColumn):
+        max_refresh = 1.0  # seconds
+
+        def render(self, task: Task) -> Text:
+            return Text(memory_line())
+
+    amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), Rate()]
+    held = Memory(table_column=Column(no_wrap=True))
+    return [TextColumn("{task.description}"), BarColumn(bar), *amount, TimeRemainingColumn(), held]
+
+
+def memory() -> tuple[int, int] | None:
+    """The process's memory in bytes: resident, and the anonymous part of it, which is no mapped file's.
+
+    returns: None where the system does not tell
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            told = dict(line.split(":", 1) for line in file)
+        resident, anonymous = (int(told[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+    return resident, anonymous
+
+
+def memory_line() -> str:
+    """The process's memory in words, and its own of it, without mapped files; empty where the system does not tell."""
+    found = memory()
+    return f"{human_bytes(found[0])} held, {human_bytes(found[1])} own" if found else ""
+
+
+class _ToStderr(logging.Handler):
+    """Writes to what sys.stderr is at the time, which a progress display may have taken over."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def log_shown(level: str | None) -> Iterator[None]:
+    """Show what the logger `wtool` tells, from a level on; None leaves logging as it is.
+
+    raises: UsageError
+    """
+    if not level:
+        yield
+        return
+    if level.lower() not in LEVELS:
+        raise UsageError(f"WTOOL_LOG is '{level}'; there are {', '.join(LEVELS)}")
+    handler, before = _ToStderr(), (log.level, log.propagate)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(level.upper())
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
+
+
+@contextmanager
+def log_whole(verb: str) -> Iterator[None]:
+    """Log what a command took."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s ended after %.1f s; memory: %s", verb, time.perf_counter() - begin, memory_line())
 
 
 def human_bytes(count: float) -> str:
@@ -110,8 +205,6 @@ def human_count(count: float) -> str:
 
 def parse_size(text: str) -> int:
     """`5GB`, `500 MB`, `2GiB` or a number of bytes."""
-    from wtool.errors import UsageError
-
     units = {"": 1, "B": 1}
     for power, letter in enumerate("KMGT", 1):
         units |= {letter: 1000**power, f"{letter}B": 1000**power, f"{letter}IB": 1024**power}

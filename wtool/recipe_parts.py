@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from wtool.errors import UsageError, did_you_mean
 
@@ -13,12 +14,14 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    data: tuple[str, ...] = ()  # files or Hub datasets; none is the built-in text
-    samples: int = Field(default=128, ge=1)  # windows
-    seqlen: int = Field(default=2048, ge=2)  # tokens of a window
-    seed: int = 0
-    text_column: str | None = None  # where it is none of the usual
-    split: str = "train"  # of a dataset
+    data: tuple[str, ...] = Field(default=(), description="files or datasets of the Hub; none is the built-in text")
+    samples: int = Field(default=128, ge=1, description="windows of text")
+    seqlen: int = Field(default=2048, ge=2, description="tokens of a window")
+    seed: int = Field(default=0, description="of the choice of windows")
+    text_column: str | None = Field(
+        default=None, description="key or column of the text, where it is none of the usual"
+    )
+    split: str = Field(default="train", description="of a dataset")
 
 
 def fits(entry: str, module: str) -> bool:
@@ -38,6 +41,11 @@ def unfitting(entries: Iterable[str], modules: Iterable[str]) -> list[str]:
     """A warning for each filter that fits no module."""
     modules = list(modules)
     return [f"no module fits '{entry}'" for entry in entries if not any(fits(entry, module) for module in modules)]
+
+
+def one_of(names: Iterable[object], *others: object) -> dict[str, JsonValue]:
+    """What a recipe's schema tells of a field that takes one of some values."""
+    return {"enum": [cast(JsonValue, name) for name in (*names, *others)]}
 
 
 def known(what: str, name: str, names: Mapping[str, object] | tuple[str, ...]) -> str:

@@ -9,6 +9,8 @@ adapter      a base with a LoRA adapter added on reading
 hub          the Hub: downloads into the shared cache
 hub_files    the Hub: which of a repository's files are needed
 hub_headers  the Hub: headers by range requests, nothing else downloaded
+hub_stream   the Hub: shards that come when they are read, and go
+hub_push     the Hub: a folder uploaded
 hub_errors   the Hub: what can go wrong, in one line
 quantized    packed weights: decoded on reading, or told from plain ones
 tied         output heads that are the embedding again

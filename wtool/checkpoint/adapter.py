@@ -14,7 +14,7 @@ merge_and_unload changes both, which is another model than the one that was trai
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -251,6 +251,11 @@ class Adapted(Checkpoint):
         source, tensor = self._sources.get(name, (self._base, name))
         source.prefetch(tensor)
 
+    def expect(self, names: Iterable[str]) -> None:
+        for name in names:
+            source, tensor = self._sources.get(name, (self._base, name))
+            source.expect([tensor])
+
     def forget(self, name: str) -> None:
         source, tensor = self._sources.get(name, (self._base, name))
         source.forget(tensor)
@@ -258,7 +263,7 @@ class Adapted(Checkpoint):
     def identity(self) -> list[FileIdentity]:
         path = self._folder / SETTINGS
         stat, digest = path.stat(), hashlib.sha256(path.read_bytes()).hexdigest()
-        settings = FileIdentity(SETTINGS, stat.st_size, stat.st_mtime_ns, digest)
+        settings = FileIdentity(SETTINGS, stat.st_size, str(stat.st_mtime_ns), digest)
         return [*self._base.identity(), settings, self._file.identity()]
 
     def folders(self) -> list[Path]:

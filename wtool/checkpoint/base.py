@@ -34,10 +34,13 @@ class TensorFile(ABC):
 
     def identity(self) -> "FileIdentity":
         stat = self.path.stat()
-        return FileIdentity(self.path.name, stat.st_size, stat.st_mtime_ns, self.digest())
+        return FileIdentity(self.path.name, stat.st_size, str(stat.st_mtime_ns), self.digest())
 
     def prefetch(self, name: str) -> None:  # noqa: B027 - a hint, which a format may ignore
         """Ask the system to have the tensor's bytes ready soon."""
+
+    def expect(self, names: Iterable[str]) -> None:  # noqa: B027 - a hint, which a format may ignore
+        """Tell which tensors will be read and forgotten, in that order, each as often as it is named."""
 
     def forget(self, name: str) -> None:  # noqa: B027 - a hint, which a format may ignore
         """Tell that the tensor's bytes are not needed any more."""
@@ -69,7 +72,7 @@ class FileIdentity:
 
     name: str
     size: int  # bytes
-    modified_ns: int
+    version: str  # when it was changed (ns), the digest of the manifest that tells what is in it, or the Hub's commit
     header: str  # digest of the header
 
 
@@ -102,6 +105,9 @@ class Checkpoint(ABC):
 
     def prefetch(self, name: str) -> None:  # noqa: B027 - a hint, which a source may ignore
         """Ask the system to have the tensor's bytes ready soon."""
+
+    def expect(self, names: Iterable[str]) -> None:  # noqa: B027 - a hint, which a source may ignore
+        """Tell which tensors will be read and forgotten, in that order, each as often as it is named."""
 
     def forget(self, name: str) -> None:  # noqa: B027 - a hint, which a source may ignore
         """Tell that the tensor's bytes are not needed any more."""
@@ -140,6 +146,9 @@ class View(Checkpoint):
     def prefetch(self, name: str) -> None:
         for part in self.parts(name):
             self.source.prefetch(part)
+
+    def expect(self, names: Iterable[str]) -> None:
+        self.source.expect([part for name in names for part in self.parts(name)])
 
     def forget(self, name: str) -> None:
         for part in self.parts(name):

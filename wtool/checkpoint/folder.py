@@ -1,11 +1,13 @@
 """A checkpoint in a local folder, or in a single file: safetensors, torch .bin or GGUF, whole or in shards."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wtool.checkpoint.base import Checkpoint, FileIdentity, TensorFile
+from wtool.checkpoint.made import made_as
 from wtool.checkpoint.safetensors import SafetensorsFile
 from wtool.errors import MalformedFile, MissingInput
 
@@ -75,6 +77,10 @@ class Folder(Checkpoint):
     def prefetch(self, name: str) -> None:
         self._file(name).prefetch(name)
 
+    def expect(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._file(name).expect([name])
+
     def forget(self, name: str) -> None:
         self._file(name).forget(name)
 
@@ -82,7 +88,9 @@ class Folder(Checkpoint):
         return [self.place.resolve()]
 
     def identity(self) -> list[FileIdentity]:
-        return [file.identity() for file in self._tensor_files]
+        made = self.revision or made_as(self.place, [file.path for file in self._tensor_files])
+        found = [file.identity() for file in self._tensor_files]
+        return [replace(each, version=made) for each in found] if made else found
 
 
 def open_local(path: Path, label: str) -> Checkpoint:

@@ -52,6 +52,20 @@ def open_remote(reference: str) -> Checkpoint:
     return open_headers(snapshot)
 
 
+def open_streamed(reference: str, place: Path) -> Checkpoint:
+    """Open a model whose shards come when they are read and go when that is done, unless it is in the cache already.
+
+    place: the folder to keep them in meanwhile
+    """
+    snapshot = look_up(reference)
+    _refuse_adapter(snapshot)
+    if snapshot.folder:
+        return _open(snapshot.folder, reference)
+    from wtool.checkpoint import hub_stream
+
+    return hub_stream.open_streamed(snapshot, place)
+
+
 def look_up(reference: str) -> Snapshot:
     """Ask the Hub for the commit and its files; where it cannot be reached, the cache."""
     from huggingface_hub import HfApi, constants
@@ -74,6 +88,7 @@ def look_up(reference: str) -> Snapshot:
         names = frozenset(file.rfilename for file in info.siblings or () if "/" not in file.rfilename)
         folder = _cached(repository, info.sha)
         whole = folder is not None and not _missing(names, folder, reference)
+        log.debug("%s: commit %s%s", reference, info.sha, ", whole in the cache" if whole else "")
         return Snapshot(reference, info.sha, names, folder if whole else None)
 
 

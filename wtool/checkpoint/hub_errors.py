@@ -41,6 +41,22 @@ def explained(reference: str) -> Iterator[None]:
         raise problem from error
 
 
+@contextmanager
+def progress_bars(*, shown: bool) -> Iterator[None]:
+    """Whether huggingface_hub shows its own for a while; what the user's environment says of them stands."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def is_unreachable(error: Exception) -> bool:
     """Whether the Hub could not be asked at all: offline, no connection, or it is down."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -5,18 +5,20 @@ are parsed by our own reader, against the file's size as the server tells it, an
 damaged file is told in the same words far away as here.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 from wtool.checkpoint.base import Checkpoint, FileIdentity, TensorFile
 from wtool.checkpoint.folder import SIDE_FILES, Folder, check_index, read_index, read_json
-from wtool.checkpoint.hub_errors import explained, patiently
+from wtool.checkpoint.hub_errors import explained, patiently, progress_bars
 from wtool.checkpoint.hub_files import Snapshot, index_name, weight_names
 from wtool.checkpoint.safetensors import Header, header_length, parse_header
 from wtool.errors import MissingInput, RuntimeProblem
+
+if TYPE_CHECKING:
+    import torch
 
 FIRST = 100_000  # bytes; 97 % of the headers on the Hub are shorter, says huggingface_hub, so one request does
 CONNECTIONS = 8
@@ -30,14 +32,14 @@ class RemoteFile(TensorFile):
         self.header = header
         self.tensors = header.tensors
 
-    def read(self, name: str) -> NoReturn:
+    def read(self, name: str) -> "torch.Tensor":
         raise MissingInput(f"{self.path}: only the header was fetched: tensor '{name}' has no data here")
 
     def digest(self) -> str:
         return self.header.digest
 
     def identity(self) -> FileIdentity:
-        return FileIdentity(self.path.name, self.header.data_start + self.header.data_size, 0, self.header.digest)
+        return FileIdentity(self.path.name, self.header.data_start + self.header.data_size, "0", self.header.digest)
 
 
 class RemoteFiles(Mapping[str, Path]):
@@ -63,9 +65,10 @@ class RemoteFiles(Mapping[str, Path]):
         return len(self._names)
 
 
-def open_headers(snapshot: Snapshot) -> Checkpoint:
-    """Open a repository of safetensors; reading a tensor is then an error.
+def open_headers(snapshot: Snapshot, make: Callable[[Snapshot, str, Header], RemoteFile] = RemoteFile) -> Checkpoint:
+    """Open a repository of safetensors.
 
+    make: the file of a shard, of its name and its header; reading a tensor of a RemoteFile is an error
     raises: MissingInput where it holds none, MalformedFile where a header is damaged
     """
     from huggingface_hub import constants
@@ -82,7 +85,7 @@ def open_headers(snapshot: Snapshot) -> Checkpoint:
         )
     config = read_json(_download(snapshot, "config.json")) if "config.json" in names else {}
     with explained(reference), ThreadPoolExecutor(CONNECTIONS) as pool:
-        files = list(pool.map(lambda shard: RemoteFile(snapshot, shard, fetch_header(snapshot, shard)), shards))
+        files = list(pool.map(lambda shard: make(snapshot, shard, fetch_header(snapshot, shard)), shards))
     if index:
         check_index(Path(reference) / index, weight_map, files)
     checkpoint = Folder(
@@ -94,15 +97,20 @@ def open_headers(snapshot: Snapshot) -> Checkpoint:
 
 def fetch_header(snapshot: Snapshot, name: str) -> Header:
     """Fetch and check the header of a safetensors file."""
+    where = f"{snapshot.reference}/{name}"
+    first, size = fetch_range(snapshot, name, 0, FIRST)
+    end = 8 + header_length(first, size, where)
+    if end > len(first):
+        first += fetch_range(snapshot, name, len(first), end)[0]
+    return parse_header(first[8:end], size, where)
+
+
+def fetch_range(snapshot: Snapshot, name: str, start: int, stop: int) -> tuple[bytes, int]:
+    """Fetch a file's bytes from `start` to before `stop`, or to its end, and its whole size."""
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(snapshot.repository, name, revision=snapshot.commit)
-    where = f"{snapshot.reference}/{name}"
-    first, size = patiently(lambda: _range(url, 0, FIRST, where))
-    end = 8 + header_length(first, size, where)
-    if end > len(first):
-        first += patiently(lambda: _range(url, len(first), end, where))[0]
-    return parse_header(first[8:end], size, where)
+    return patiently(lambda: _range(url, start, stop, f"{snapshot.reference}/{name}"))
 
 
 def _range(url: str, start: int, stop: int, where: str) -> tuple[bytes, int]:
@@ -133,21 +141,5 @@ def _download(snapshot: Snapshot, name: str) -> Path:
     """Download one small file."""
     from huggingface_hub import hf_hub_download
 
-    with explained(snapshot.reference), _no_progress_bars():
+    with explained(snapshot.reference), progress_bars(shown=False):  # of some kilobytes would only flash by
         return Path(hf_hub_download(snapshot.repository, name, revision=snapshot.commit))
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """A bar for a file of some kilobytes would only flash by; what the user's environment says of bars stands."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

@@ -10,17 +10,18 @@ from wtool.errors import MissingInput, UsageError, did_you_mean
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
-def open_checkpoint(reference: str, *, headers_only: bool = False) -> Checkpoint:
+def open_checkpoint(reference: str, *, headers_only: bool = False, low_disk: Path | None = None) -> Checkpoint:
     """Open a checkpoint by the name a user gives it.
 
     reference: a folder, a weights file, a Hub id with an optional @revision; `+adapter` adds a LoRA adapter
     headers_only: for a Hub id, fetch headers by range requests and no weights; reading a tensor is then an error
+    low_disk: for a Hub id, a folder to keep each shard in while it is read, instead of the cache
     raises: InputError, UsageError
     """
     base, *adapters = _split(reference)
     if not base:
         raise UsageError(f"'{reference}': no checkpoint is named")
-    checkpoint = _decoded(_open_stored(base, headers_only))
+    checkpoint = _decoded(_open_stored(base, headers_only, low_disk))
     for adapter in adapters:
         from wtool.checkpoint.adapter import Adapted
 
@@ -28,7 +29,7 @@ def open_checkpoint(reference: str, *, headers_only: bool = False) -> Checkpoint
     return checkpoint
 
 
-def _open_stored(reference: str, headers_only: bool) -> Checkpoint:
+def _open_stored(reference: str, headers_only: bool, low_disk: Path | None) -> Checkpoint:
     path = Path(reference).expanduser()
     if path.exists():
         return open_local(path, reference)
@@ -38,6 +39,8 @@ def _open_stored(reference: str, headers_only: bool) -> Checkpoint:
 
     if headers_only:
         return hub.open_remote(reference)
+    if low_disk is not None:
+        return hub.open_streamed(reference, low_disk)
     return hub.open_downloaded(reference)
 
 

@@ -99,6 +99,9 @@ class _Saving:
         self._writer, self._network = writer, network
         self._grams: dict[Input, Tensor] = {}
 
+    def prepare(self, forward: Any, sites: Any) -> None:
+        return None
+
     def written(self, block: "Block") -> "Read | None":
         return self._network.read if self._writer.has(block.index) else None
 
