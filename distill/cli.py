@@ -87,11 +87,13 @@ def distill(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     force: options.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and every problem; train nothing")] = False,
+    sketch: options.Sketch = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a student to say what its teacher says."""
+    dry_run = dry_run or sketch is not None
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
     told = locals()
@@ -128,6 +130,7 @@ def distill(
     from wtool.loading import pick_device
     from wtool.recipe_file import asked, given
 
+    from .export import sketch_student
     from .planner import plan_distillation
     from .recipe import DistillRecipe
 
@@ -135,6 +138,8 @@ def distill(
     chosen = pick_device(device).partition(":")[0]
     plan = plan_distillation(recipe, device=chosen, headers_only=dry_run, trust_remote_code=trust_remote_code)
     if dry_run:
+        if sketch is not None:
+            sketch_student(plan, sketch)
         return _show(plan, as_json)
     assert output is not None
     _run(plan, output, force, trust_remote_code, as_json, quiet)

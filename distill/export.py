@@ -16,7 +16,7 @@ from wtool.checkpoint.folder import open_local
 from wtool.checkpoint.tied import HEADS, embedding_name, is_tied
 from wtool.dtypes import FLOATS, config_name, torch_dtype
 from wtool.loading import quiet, working_dtype
-from wtool.plan import DEFAULT_SHARD_BYTES
+from wtool.plan import DEFAULT_SHARD_BYTES, sketch
 from wtool.shards import json_bytes, plan_shards
 from wtool.writer import MANIFEST, Writer
 
@@ -97,7 +97,17 @@ def write_student(
                 tensor = _read(plan.student.source, trained, name)
                 writer.write({name: tensor.to(torch_dtype(info.dtype)).contiguous()})
             progress(info.nbytes)
+        manifest = {**_about(plan), **figures, "tensors_xxh3": {name: writer.done[name] for name in tensors}}
+        told[MANIFEST] = json_bytes(manifest)
         writer.commit({**beside, "config.json": json_bytes(_config(plan, trained)), **told})
+
+
+def sketch_student(plan: DistillPlan, folder: Path) -> None:
+    """Write what the student will look like, all but its numbers, where that is known before it is trained."""
+    lora, source = plan.recipe.lora, plan.student.source
+    if plan.student.config is None and not (lora and lora.keep_adapter):
+        config = {"config.json": json_bytes(_config(plan, source))}
+        sketch(folder, plan_shards(output_tensors(plan, source), DEFAULT_SHARD_BYTES), {**source.files, **config})
 
 
 def _read(source: Checkpoint, trained: Checkpoint, name: str) -> torch.Tensor:

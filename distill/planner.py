@@ -89,7 +89,12 @@ class DistillPlan:
             "precision": self.precision,
             "bytes_of_student": None if trained is None or self.recipe.lora else round(trained),
             "bytes_of_teacher": self._teacher_bytes(),
+            "flops": round(mean * windows * self.steps * self._flops_per_token(parameters or 0)),
         }
+
+    def _flops_per_token(self, parameters: int) -> int:
+        """Forwards of the teacher, and forwards and backwards of the student."""
+        return 6 * parameters + (0 if self.teacher is None else 2 * self.teacher.parameters)
 
     def _teacher_bytes(self) -> int | None:
         if self.teacher is None or self.recipe.stream_teacher:

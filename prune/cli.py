@@ -80,15 +80,18 @@ def prune(
     activations: options.Activations = "device",
     batch_tokens: options.BatchTokens = 2048,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
+    low_disk: options.LowDisk = False,
     force: options.Force = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the plan and every problem; read no weights")
     ] = False,
+    sketch: options.Sketch = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Make a checkpoint smaller or sparse, streamed block by block."""
+    dry_run = dry_run or sketch is not None
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
     from wtool.console import parse_size
@@ -134,10 +137,10 @@ def prune(
     from .stages import several, with_recovery
 
     if dry_run:
-        raise typer.Exit(show(recipe, shard, as_json))
+        raise typer.Exit(show(recipe, shard, sketch, as_json))
     assert output is not None
     where = options.where(device, compute_dtype, activations, batch_tokens, trust_remote_code)
-    job = Job(shard, where, force, as_json, quiet)
+    job = Job(shard, where, force, as_json, quiet, low_disk)
     if sparsity and len(sparsity) > 1:
         if recover:
             raise UsageError("--recover trains one result: give one --sparsity")

@@ -32,6 +32,7 @@ class Job:
     force: bool
     as_json: bool
     quiet: bool
+    low_disk: bool = False
 
     def run(self, recipe: PruneRecipe, output: Path) -> None:
         """Carry out a pruning and tell what it did."""
@@ -49,7 +50,9 @@ class Job:
         from .run import found_out, needs_text, run_matrices
 
         begin = time.perf_counter()
-        source, statistics = open_source(recipe)
+        if needs_text(recipe) or recipe.kind != "sparsity":
+            options.refuse_low_disk(self.low_disk, f"pruning by {recipe.method or 'structure'}")
+        source, statistics = open_source(recipe, low_disk=options.downloads(self.low_disk, output))
         _planned(recipe, source, statistics, self.shard).check()  # before any text is read
         windows = None
         if needs_text(recipe):
@@ -92,9 +95,10 @@ def _planned(recipe: PruneRecipe, source: Checkpoint, statistics: Statistics | N
     return plan_matrices(recipe, source, statistics, max_shard_bytes=shard).plan
 
 
-def show(recipe: PruneRecipe, shard: int, as_json: bool) -> int:
+def show(recipe: PruneRecipe, shard: int, sketch: Path | None, as_json: bool) -> int:
     """Print a plan; the exit code tells whether it can be carried out."""
     plan = _planned(recipe, *open_source(recipe, headers_only=True), shard)
+    options.draw(plan, sketch)
     if as_json:
         emit_json({**plan.summary(1), **plan.about["summary"]})
         return 3 if plan.problems else 0

@@ -23,6 +23,7 @@ from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
 from wtool.recipe_parts import unfitting
 from wtool.shards import json_bytes
 from wtool.statistics_folder import Input, Statistics, check_model, open_statistics
+from wtool.work import walk_work
 
 from .card import model_card
 from .layers import CODES, Layer, layers_to_prune
@@ -53,12 +54,14 @@ class Found:
 NOTHING = Found()
 
 
-def open_source(recipe: PruneRecipe, *, headers_only: bool = False) -> tuple[Checkpoint, Statistics | None]:
+def open_source(
+    recipe: PruneRecipe, *, headers_only: bool = False, low_disk: Path | None = None
+) -> tuple[Checkpoint, Statistics | None]:
     """The checkpoint to prune, and the statistics to start from, if they are given.
 
     raises: InputError
     """
-    source = open_checkpoint(recipe.model, headers_only=headers_only)
+    source = open_checkpoint(recipe.model, headers_only=headers_only, low_disk=low_disk)
     if recipe.statistics is None:
         return source, None
     statistics = open_statistics(Path(recipe.statistics))
@@ -96,6 +99,7 @@ def plan_matrices(
         problems=_problems(layers),
         warnings=_warnings(recipe, source, layers),
         about={"left": left, "summary": _summary(source, steps, layers)},
+        work=_work(recipe, source, steps),
         max_shard_bytes=max_shard_bytes,
     )
     return PrunePlan(plan, layers, left)
@@ -170,6 +174,15 @@ def _warnings(recipe: PruneRecipe, source: Checkpoint, layers: Mapping[str, Laye
     if any(layer.form == "factors" for layer in layers.values()):
         warnings.append("factors are multiplied by wtool alone: transformers and vLLM cannot load them (--multiply)")
     return warnings
+
+
+def _work(recipe: PruneRecipe, source: Checkpoint, steps: Sequence[Step]) -> dict[str, Any]:
+    """What the walk takes, where there is one."""
+    if recipe.method is None or all(step.function for step in steps):
+        return {}
+    asked, forwards = recipe.calibration, 1 if recipe.way == "sequential" else 2
+    fits = METHODS[recipe.method].gathers == "gram"
+    return walk_work(source, asked.samples, asked.seqlen, forwards=forwards, fits=fits)
 
 
 def _summary(source: Checkpoint, steps: Sequence[Step], layers: Mapping[str, Layer]) -> dict[str, Any]:

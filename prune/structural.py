@@ -16,6 +16,7 @@ from wtool.layer_stack import keep_layers
 from wtool.linear_names import linear_layers
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step
 from wtool.shards import json_bytes
+from wtool.work import walk_work
 from wtool.writer import Writer
 
 from .card import model_card
@@ -113,8 +114,17 @@ def _plan(
         recipe={"prune": record, **told},
         warnings=warnings,
         about={"summary": summary},
+        work=_work(recipe, source),
         max_shard_bytes=max_shard_bytes,
     )
+
+
+def _work(recipe: PruneRecipe, source: Checkpoint) -> dict[str, Any]:
+    """What looking at the model takes, and fitting what reads the cut channels."""
+    if not recipe.by_text:
+        return {}
+    asked, forwards = recipe.calibration, 2 if recipe.compensate else 1
+    return walk_work(source, asked.samples, asked.seqlen, forwards=forwards, fits=recipe.compensate)
 
 
 def _summary(source: Checkpoint, steps: list[Step], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from wtool import __version__
 from wtool.checkpoint.base import Checkpoint, TensorInfo
 from wtool.console import human_bytes
 from wtool.errors import Mismatch
-from wtool.shards import Shard, plan_shards
+from wtool.shards import INDEX, Shard, index_of, plan_shards
+from wtool.writer import disk_errors
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,9 @@ class Plan:
     problems: Sequence[str] = ()  # what makes the plan impossible
     warnings: Sequence[str] = ()  # what the user should know
     about: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest tells (JSON)
+    work: Mapping[str, Any] = field(default_factory=dict)  # what a walk takes, for a summary: see `wtool.work`
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    layout: Callable[[Mapping[str, TensorInfo], int], list[Shard]] = plan_shards  # outputs to files of another kind
 
     @cached_property
     def outputs(self) -> dict[str, TensorInfo]:
@@ -65,7 +68,7 @@ class Plan:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        return plan_shards(self.outputs, self.max_shard_bytes)
+        return self.layout(self.outputs, self.max_shard_bytes)
 
     @cached_property
     def bytes_to_read(self) -> int:
@@ -92,6 +95,7 @@ class Plan:
             "bytes_to_write": self.bytes_to_write,
             "shards": len(self.shards),
             "peak_memory_bytes": self.peak_bytes(workers),
+            **self.work,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
         }
@@ -108,6 +112,10 @@ class Plan:
         lines.append("this plan cannot be carried out" if self.problems else "no problem found")
         return "\n".join(lines)
 
+    def sketch(self, folder: Path) -> None:
+        """Write what the output will look like, all but the numbers, so that what follows can be planned on it."""
+        sketch(folder, self.shards, self.files)
+
     def fingerprint(self) -> str:
         """Tells this work from any other: recipe, inputs, layout of the output, version of the tool."""
         identity = {
@@ -123,3 +131,18 @@ class Plan:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more: --dry-run lists them)" if len(self.problems) > 1 else ""
             raise Mismatch(f"{self.problems[0]}{more}")
+
+
+def sketch(folder: Path, shards: Sequence[Shard], files: Mapping[str, bytes | Path]) -> None:
+    """Write a checkpoint without its numbers: headers, and what stands beside the weights; takes no room on the disk.
+
+    raises: OutputError
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+        for shard in shards:
+            with (folder / shard.filename).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size)
+        for name, content in {**files, **({INDEX: index_of(shards)} if len(shards) > 1 else {})}.items():
+            (folder / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
