@@ -4,8 +4,10 @@
 |--------|---------------------------------------------------------------------------------------------|---------|
 | rtn    | none: every weight to the nearest point of its grid                                         | rtn.py  |
 | gptq   | Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization …", arXiv 2210.17323        | gptq.py |
+| awq    | Lin et al. 2023, "AWQ: Activation-aware Weight Quantization …", arXiv 2306.00978            | awq.py  |
 
 What GPTQ is made of: `stack` (matrices laid out for a sweep), `sweep` (the columns, one after the other), `kernels`
-(the same on a GPU), `refine` (what can be gained afterwards). The grids themselves are in `wtool.grid`, Gram matrices
-and their factors in `wtool.statistics`.
+(the same on a GPU), `refine` (what can be gained afterwards). What AWQ needs of a model: `feeds` (which operation feeds
+which matrices), `chains` (where a scale goes, by names), `fold` (into tensors), `scaled` (on the walk). The grids
+themselves are in `wtool.grid`, Gram matrices and their factors in `wtool.statistics`.
 """

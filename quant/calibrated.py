@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wtool.grid import Quantized
+from wtool.ranks import ALONE, Ranks
 from wtool.rewrite import Change, Made
 from wtool.statistics import Gram
 
@@ -16,6 +17,7 @@ from .gptq import Outcome
 from .matrix import explain, quantize, rounded, split
 from .planner import Layer, QuantPlan
 from .recipe import QuantRecipe
+from .rows import by_rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Quantizing(Change[Gram]):
 
     recipe: QuantRecipe
     plan: QuantPlan
+    ranks: Ranks = ALONE
 
     def outputs(self, tensor: str) -> Collection[str]:
         layer = self.plan.layers.get(tensor)
@@ -37,9 +40,11 @@ class Quantizing(Change[Gram]):
         gram = gathered.finish()
         made: dict[str, Made] = {}
         weight_of = dict(zip(tensors, weights, strict=True))
-        for alike in _alike(self.plan, tensors):
+        for alike in _alike(self.recipe, self.plan, tensors):
             layer = self.plan.layers[alike[0]]
-            outcome = quantize(torch.cat([weight_of[name] for name in alike]), gram, tokens, layer, self.recipe)
+            weight = torch.cat([weight_of[name] for name in alike])
+            work = partial(quantize, gram=gram, tokens=tokens, layer=layer, recipe=self.recipe)
+            outcome = by_rows(self.ranks, weight, work)
             pieces = split(outcome.quantized, [len(weight_of[name]) for name in alike])
             for name, quantized in zip(alike, pieces, strict=True):
                 made[name] = _made(self.plan.layers[name], quantized, gram, outcome, tokens, dropped)
@@ -71,10 +76,11 @@ def _encode(layer: Layer, quantized: Quantized) -> dict[str, Tensor]:
     return {f"{layer.linear.module}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()}
 
 
-def _alike(plan: QuantPlan, tensors: Sequence[str]) -> list[list[str]]:
-    """Matrices by how they are stored, those stored alike together."""
+def _alike(recipe: QuantRecipe, plan: QuantPlan, tensors: Sequence[str]) -> list[list[str]]:
+    """Matrices by how they are rounded and stored, those alike together."""
     groups: dict[Any, list[str]] = {}
     for name in tensors:
         layer = plan.layers[name]
-        groups.setdefault((layer.scheme, layer.scale_dtype), []).append(name)
+        alone = recipe.method == "awq" and layer.makes_queries_or_keys  # these are not clipped
+        groups.setdefault((layer.scheme, layer.scale_dtype, alone), []).append(name)
     return list(groups.values())

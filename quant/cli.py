@@ -7,6 +7,7 @@ import typer
 
 from wtool import options
 from wtool.errors import UsageError
+from wtool.ranks import current, one_process, together
 
 if TYPE_CHECKING:
     from wtool.executors.local import Outcome
@@ -17,26 +18,35 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 EPILOG = """\
-Methods: gptq (calibrated), rtn (rounding alone; needs no text and no model).
+Methods: gptq, awq and awq+gptq (calibrated), rtn (rounding alone; needs no text and no model).
 Calibration: text files, JSONL (text, messages or input_ids), datasets of the Hub; without --calib the text that
 Python carries. --ignore and --layer-bits take a part of a module's name, or a regular expression after "re:".
+--format gguf --type Q4_K_M writes one file for llama.cpp, with or without --stats; its type says all else.
 A stopped quantization goes on where it was when the same command is run again."""
 
 
 @app.command(epilog=EPILOG)
+@together
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint to quantize, or a recipe file (YAML)")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="gptq or rtn [default: gptq]")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="gptq, awq, awq+gptq or rtn [default: gptq]")
+    ] = None,
     bits: Annotated[int | None, typer.Option("--bits", "-b", help="2, 3, 4, 5, 6 or 8 [default: 4]")] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", "-g", help="inputs that share a scale; -1: a row [default: 128]")
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="without or with zero points [default: symmetric]")
+        bool | None,
+        typer.Option("--symmetric/--asymmetric", help="without or with zero points [default: without, but for awq]"),
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="compressed-tensors, gptq, gptq_v2 [default: the first]")
+        str | None,
+        typer.Option("--format", "-f", help="compressed-tensors, gptq, gptq_v2, awq, gguf [default: the first]"),
+    ] = None,
+    type: Annotated[
+        str | None, typer.Option("--type", "-t", help="of a GGUF file: Q4_K_M, Q8_0, F16, … [default: Q4_K_M]")
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="refuse what transformers, vllm, gptqmodel or autogptq cannot load")
@@ -71,15 +81,19 @@ def quantize(
     activations: options.Activations = "device",
     batch_tokens: options.BatchTokens = 2048,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
+    executor: options.Executor = "local",
+    low_disk: options.LowDisk = False,
     force: options.Force = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show the plan and every problem; read no weights")
     ] = False,
+    sketch: options.Sketch = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Quantize a checkpoint, streamed block by block."""
+    dry_run = dry_run or sketch is not None
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
     from wtool.recipe_file import asked, given
@@ -94,6 +108,7 @@ def quantize(
         "group_size": group_size,
         "symmetric": symmetric,
         "format": format,
+        "type": type,
         "target": target,
         "tensor_parallel": tensor_parallel,
         "ignore": ignore or None,
@@ -109,16 +124,27 @@ def quantize(
         "dtype": dtype,
     }
     from wtool.console import parse_size
+    from wtool.executors import chosen
 
     from .planner import plan_quantize
 
     recipe = asked(QuantRecipe, "quantize", "model", model, given(flags))
-    plan = plan_quantize(recipe, headers_only=dry_run, max_shard_bytes=parse_size(shard_size))
+    if recipe.format == "gguf":
+        options.refuse_low_disk(low_disk, "writing GGUF")
+        one_process("writing GGUF")
+        from .gguf_cli import make_gguf
+
+        raise typer.Exit(make_gguf(recipe, output, sketch, executor, dry_run, force, as_json, quiet))
+    downloads = options.downloads(low_disk, output)
+    plan = plan_quantize(recipe, headers_only=dry_run, low_disk=downloads, max_shard_bytes=parse_size(shard_size))
     if dry_run:
+        options.draw(plan.plan, sketch)
         raise typer.Exit(_show(recipe, plan, as_json))
     assert output is not None
+    chosen.check(executor, plan.plan)
+    options.check_low_disk(low_disk, plan.plan, executor)
     where = options.where(device, compute_dtype, activations, batch_tokens, trust_remote_code)
-    _run(recipe, plan, output, where, force, as_json, quiet)
+    _run(recipe, plan, output, where, executor, force, as_json, quiet)
 
 
 def _override(text: str) -> dict[str, Any]:
@@ -158,7 +184,14 @@ def _show(recipe: "QuantRecipe", plan: "QuantPlan", as_json: bool) -> int:
 
 
 def _run(
-    recipe: "QuantRecipe", plan: "QuantPlan", output: Path, where: Any, force: bool, as_json: bool, quiet: bool
+    recipe: "QuantRecipe",
+    plan: "QuantPlan",
+    output: Path,
+    where: Any,
+    executor: str,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     import time
     from contextlib import ExitStack
@@ -180,8 +213,11 @@ def _run(
             unit = "batches" if windows else "bytes"
             return stack.enter_context(console.progress("quantizing", steps, quiet=quiet, unit=unit))
 
-        outcome = run_quantization(recipe, plan, output, windows=windows, where=where, force=force, start=start)
-    _tell(plan, output, outcome, time.perf_counter() - begin, as_json)
+        outcome = run_quantization(
+            recipe, plan, output, windows=windows, where=where, executor=executor, force=force, start=start
+        )
+    if current().leads:
+        _tell(plan, output, outcome, time.perf_counter() - begin, as_json)
 
 
 def _tell(plan: "QuantPlan", output: Path, outcome: "Outcome", seconds: float, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from wtool.dtypes import torch_dtype
 from wtool.grid import Clip, Quantized
 from wtool.statistics import relative_errors
 
+from .awq import clipped
 from .gptq import Outcome, gptq
 from .recipe import QuantRecipe
 from .rtn import rtn
@@ -22,9 +23,11 @@ FEWEST_TOKENS = 32  # a matrix that saw fewer is rounded, and the report says so
 
 
 def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: QuantRecipe) -> Outcome:
-    """Quantize weights [out, in] that share an input, by GPTQ where enough tokens came to them."""
+    """Quantize weights [out, in] that share an input, by the recipe's method where enough tokens came to them."""
     if tokens < FEWEST_TOKENS:
         return Outcome(rounded(weight, layer, recipe), None, f"only {tokens} tokens came to it", 0)
+    if recipe.method == "awq":
+        return Outcome(_rounded_by_outputs(weight, gram, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
     return gptq(
         weight,
         gram,
@@ -42,6 +45,14 @@ def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: 
 def rounded(weight: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
     """Weights [out, in] by rounding alone."""
     return rtn(weight, layer.scheme.grid, scale_dtype=torch_dtype(layer.scale_dtype), clip=_clip(recipe))
+
+
+def _rounded_by_outputs(weight: Tensor, gram: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
+    """Weights [out, in] by rounding, clipped where the outputs gain by it."""
+    grid, dtype = layer.scheme.grid, torch_dtype(layer.scale_dtype)
+    if not recipe.clip or layer.makes_queries_or_keys:
+        return rtn(weight, grid, scale_dtype=dtype)
+    return clipped(weight, gram, grid, scale_dtype=dtype)
 
 
 def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:

@@ -17,17 +17,23 @@ from wtool.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from wtool.dtypes import FLOATS, config_name, parse_float_dtype, torch_dtype
 from wtool.errors import UsageError
 from wtool.formats import FORMATS, Format, Scheme
-from wtool.linear_names import LinearLayer, linear_layers, plain_modules
+from wtool.linear_names import LAYER, LinearLayer, linear_layers, longest_stack, plain_modules
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan, Step, Told
 from wtool.recipe_parts import unfitting
 from wtool.shards import json_bytes
 from wtool.statistics_folder import Input, Statistics, check_model, open_statistics
+from wtool.work import walk_work
 
 from .card import model_card
 from .gptq import Outcome
 from .matrix import explain, quantize, rounded, split
-from .recipe import QuantRecipe
+from .recipe import METHODS, QuantRecipe
 from .targets import problems as target_problems
+
+# Layers whose outputs are multiplied with each other: AWQ clips none of them, alone or fused with values.
+QUERIES_OR_KEYS = frozenset(
+    "q_proj k_proj q_a_proj q_b_proj kv_b_proj query key query_key_value qkv_proj qkv c_attn W_pack Wqkv".split()
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Layer:
         infos = self.format.layout(self.linear.shape, self.scheme, self.scale_dtype)
         return {f"{self.linear.module}.{suffix}": info for suffix, info in infos.items()}
 
+    @property
+    def makes_queries_or_keys(self) -> bool:
+        return self.linear.module.rpartition(".")[2] in QUERIES_OR_KEYS
+
 
 @dataclass(frozen=True)
 class QuantPlan:
@@ -54,17 +64,29 @@ class QuantPlan:
     layers: Mapping[str, Layer]  # by their tensor's name
     left: Mapping[str, str]  # matrices that stay as they are, and why
 
+    @property
+    def walked(self) -> list[str]:
+        """The tensors that are not quantized and yet are written by the walk."""
+        packed = {name for layer in self.layers.values() for name in layer.outputs}
+        steps = (step for step in self.plan.steps if step.function is None)
+        return [name for step in steps for name in step.outputs if name not in packed]
+
 
 def plan_quantize(
-    recipe: QuantRecipe, *, headers_only: bool = False, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    recipe: QuantRecipe,
+    *,
+    headers_only: bool = False,
+    low_disk: Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> QuantPlan:
     """Make the plan of a quantization.
 
     headers_only: a model on the Hub is not downloaded; the plan can be shown and not run
+    low_disk: a folder to keep the shards of a model on the Hub in while they are read, instead of the cache
 
     raises: UsageError, InputError where there is nothing to plan on; else `Plan.problems` tells
     """
-    source = open_checkpoint(recipe.model, headers_only=headers_only)
+    source = open_checkpoint(recipe.model, headers_only=headers_only, low_disk=low_disk)
     found, left = linear_layers(source)
     layers, ignored = _layers(recipe, source, found)
     if not layers:
@@ -78,6 +100,8 @@ def plan_quantize(
         check_model(statistics, source)
     steps = _steps(recipe, source, layers, statistics)
     problems = [f"'{tensor}': {reason}" for tensor, reason in _unfit(layers)]
+    if not FORMATS[recipe.format].mixed and len({layer.scheme for layer in layers.values()}) > 1:
+        problems.append(f"{recipe.format} has one grid for all layers: leave out what asks for others, or ignore those")
     problems += target_problems(recipe, {layer.linear.module: layer for layer in layers.values()})
     record = recipe.model_dump(mode="json", exclude_none=True)
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}
@@ -93,6 +117,7 @@ def plan_quantize(
         problems=problems,
         warnings=_warnings(recipe, source),
         about={"left": left, "summary": _summary(source, steps, layers)},
+        work=_work(recipe, source, steps),
         max_shard_bytes=max_shard_bytes,
     )
     return QuantPlan(plan, layers, left)
@@ -120,11 +145,15 @@ def _steps(
 ) -> list[Step]:
     steps: list[Step] = []
     done: set[str] = set()
+    stack = longest_stack(source.tensors) if METHODS[recipe.method].scaled else None
     for name, info in source.tensors.items():
         layer = layers.get(name)
         if layer is None:
             info = TensorInfo(_dtype(recipe, info), info.shape)
-            steps.append(Step(((0, name),), {name: info}, partial(_as_stored, dtype=torch_dtype(info.dtype))))
+            match = LAYER.match(name)
+            walked = stack is not None and match is not None and match[1] == stack  # where scales may be folded in
+            function = None if walked else partial(_as_stored, dtype=torch_dtype(info.dtype))
+            steps.append(Step(((0, name),), {name: info}, function))
         elif name not in done:
             together = _together(name, layers, statistics)
             done.update(each.linear.tensor for each in together)
@@ -209,6 +238,15 @@ def _warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:
         warnings.append(f"{source.label} is quantized already ({source.quantization}); what it lost stays lost")
     filters = [*recipe.ignore, *(override.filter for override in recipe.overrides)]
     return warnings + unfitting(filters, (name.removesuffix(".weight") for name in source.tensors))
+
+
+def _work(recipe: QuantRecipe, source: Checkpoint, steps: Sequence[Step]) -> dict[str, Any]:
+    """What the walk takes, where there is one."""
+    if all(step.function for step in steps):
+        return {}
+    asked, forwards = recipe.calibration, 1 if recipe.way == "sequential" else 2
+    forwards += METHODS[recipe.method].scaled  # one to look
+    return walk_work(source, asked.samples, asked.seqlen, forwards=forwards, fits=True)
 
 
 def _summary(source: Checkpoint, steps: Sequence[Step], layers: Mapping[str, Layer]) -> dict[str, Any]:

@@ -10,9 +10,12 @@ from wtool import recipe_file
 from wtool.errors import UsageError
 from wtool.grid import BITS, Grid
 from wtool.recipe_file import parsed
-from wtool.recipe_parts import Calibration, fits, known
+from wtool.recipe_parts import Calibration, fits, known, one_of
 
-FORMATS = ("compressed-tensors", "gptq", "gptq_v2")
+from .gguf_types import DEFAULT_TYPE, MIXTURES
+
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "gguf")
+OF_GGUF = {"model", "format", "type", "statistics"}  # what a recipe of a GGUF file can tell
 TARGETS = ("transformers", "vllm", "gptqmodel", "autogptq")
 
 
@@ -22,11 +25,15 @@ class Method:
 
     summary: str
     calibrated: bool = False  # needs calibration text, or statistics gathered from it
+    scaled: bool = False  # blocks are scaled first, which needs the text
+    symmetric: bool = True  # the grid, where none is asked for
 
 
 METHODS: dict[str, Method] = {
     "rtn": Method("round to the nearest code, checkpoint to checkpoint"),
     "gptq": Method("column by column, later columns make up for the errors of earlier ones", calibrated=True),
+    "awq": Method("round inputs scaled up where activations are large", calibrated=True, scaled=True, symmetric=False),
+    "awq+gptq": Method("the scales of awq, then gptq", calibrated=True, scaled=True, symmetric=False),
 }
 
 
@@ -35,10 +42,10 @@ class Override(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    filter: str  # a part of the module's name, or a regular expression after "re:"
-    bits: int | None = None
-    group_size: int | None = None
-    symmetric: bool | None = None
+    filter: str = Field(description="a part of the module's name, or a regular expression after 're:'")
+    bits: int | None = Field(default=None, description="of a weight", json_schema_extra=one_of(BITS, None))
+    group_size: int | None = Field(default=None, description="input features that share a scale; -1 is a whole row")
+    symmetric: bool | None = Field(default=None, description="without zero points")
 
 
 class QuantRecipe(BaseModel):
@@ -46,25 +53,43 @@ class QuantRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
-    method: str = "gptq"
-    bits: int = 4
-    group_size: int = 128  # input features that share a scale; -1 is a whole row
-    symmetric: bool = True
-    format: str = "compressed-tensors"
-    target: str | None = None
-    tensor_parallel: int = Field(default=1, ge=1)
-    ignore: tuple[str, ...] = ()  # filters of modules to leave as they are
-    overrides: tuple[Override, ...] = ()  # the first that fits counts
-    calibration: Calibration = Calibration()
-    statistics: str | None = None  # a folder that `wtool calibrate` made, in the place of calibration text
-    damping: float = Field(default=0.01, gt=0, le=1)  # share of the mean of the Gram matrix's diagonal
-    act_order: bool = True
-    static_groups: bool = True
-    clip: bool = True
-    refine: int = Field(default=1, ge=0)  # times to go over codes and scales again
-    dtype: str | None = None  # of what is not quantized, and of scales; None is the model's
-    way: Literal["sequential", "one-pass"] = "sequential"
+    model: str = Field(description="checkpoint to quantize: folder, file or Hub id")
+    method: str = Field(default="gptq", description="how codes are found", json_schema_extra=one_of(METHODS))
+    bits: int = Field(default=4, description="of a weight", json_schema_extra=one_of(BITS))
+    group_size: int = Field(default=128, description="input features that share a scale; -1 is a whole row")
+    symmetric: bool = Field(default=True, description="without zero points; AWQ has them unless told otherwise")
+    format: str = Field(
+        default="compressed-tensors", description="how codes lie on disk", json_schema_extra=one_of(FORMATS)
+    )
+    type: str | None = Field(
+        default=None, description="of a GGUF file's weights; null is Q4_K_M", json_schema_extra=one_of(MIXTURES, None)
+    )
+    target: str | None = Field(
+        default=None, description="refuse what this runtime cannot load", json_schema_extra=one_of(TARGETS, None)
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="devices that the target splits layers over")
+    ignore: tuple[str, ...] = Field(default=(), description="filters of modules to leave as they are")
+    overrides: tuple[Override, ...] = Field(
+        default=(), description="other grids for some modules; the first that fits counts"
+    )
+    calibration: Calibration = Field(default=Calibration(), description="the text that inputs are gathered from")
+    statistics: str | None = Field(
+        default=None, description="folder that `wtool calibrate` made, in the place of calibration text"
+    )
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="share of the mean of the Gram matrix's diagonal to add to it"
+    )
+    act_order: bool = Field(default=True, description="columns in the order of their activations")
+    static_groups: bool = Field(default=True, description="scales from the weights as they were")
+    clip: bool = Field(default=True, description="search how much of each range to cover")
+    refine: int = Field(default=1, ge=0, description="times to go over codes and scales again")
+    dtype: str | None = Field(
+        default=None, description="type of what is not quantized, and of scales; null is the model's"
+    )
+    way: Literal["sequential", "one-pass"] = Field(
+        default="sequential",
+        description="fit each linear to what the quantized ones before it feed it, or to the model as it was",
+    )
 
     @property
     def grid(self) -> Grid:
@@ -86,7 +111,16 @@ class QuantRecipe(BaseModel):
     @property
     def ordered(self) -> bool:
         """Whether groups are of columns in the order of their activations, which the file then has to tell."""
-        return self.method == "gptq" and self.act_order and not self.static_groups
+        return self.method in ("gptq", "awq+gptq") and self.act_order and not self.static_groups
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_grid(cls, content: Any) -> Any:
+        """The grid is the method's usual one where the recipe tells none."""
+        if not isinstance(content, dict) or content.get("symmetric") is not None:
+            return content
+        method = METHODS.get(str(content.get("method")))
+        return content if method is None or method.symmetric else {**content, "symmetric": False}
 
     @field_validator("method")
     @classmethod
@@ -104,6 +138,19 @@ class QuantRecipe(BaseModel):
         return name if name is None else known("target", name, TARGETS)
 
     @model_validator(mode="after")
+    def _type_fits(self) -> "QuantRecipe":
+        if self.format != "gguf":
+            if self.type is not None:
+                raise UsageError(f"type {self.type} is for the format gguf, not for {self.format}")
+            return self
+        known("GGUF type", self.type or DEFAULT_TYPE, MIXTURES)
+        if others := [key for key in type(self).model_fields if key in self.model_fields_set - OF_GGUF]:
+            cure = "gather statistics with `wtool calibrate` and give them with --stats"
+            why = cure if others[0] == "calibration" else f"its type says all (there are {', '.join(MIXTURES)})"
+            raise UsageError(f"'{others[0]}' does not go with the format gguf: {why}")
+        return self
+
+    @model_validator(mode="after")
     def _grids_fit(self) -> "QuantRecipe":
         for place, bits, size in [
             ("", self.bits, self.group_size),
@@ -113,6 +160,12 @@ class QuantRecipe(BaseModel):
                 raise UsageError(f"bits{place} is {bits}; there are {', '.join(map(str, BITS))}")
             if size is not None and size != -1 and size < 1:
                 raise UsageError(f"group size{place} is {size}; give a number of input features, or -1 for whole rows")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_need_the_model(self) -> "QuantRecipe":
+        if self.statistics is not None and METHODS[self.method].scaled:
+            raise UsageError(f"{self.method} looks at the model itself, so statistics do not do: give calibration text")
         return self
 
 

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wtool.executors.local import Outcome, run
-from wtool.writer import Writer
+from wtool.executors import chosen
+from wtool.executors.local import Outcome
+from wtool.plan import Plan
+from wtool.ranks import current, one_process, own_device
 
-from .planner import QuantPlan
+from .planner import QuantPlan, plan_quantize
 from .recipe import METHODS, QuantRecipe
 
 if TYPE_CHECKING:
     from wtool.calibrate import Where
     from wtool.calibration_data import Windows
+    from wtool.rewrite import Output
 
 
 Progress = Callable[[int], None]
@@ -38,33 +42,47 @@ def run_quantization(
     *,
     windows: "Windows | None",
     where: "Where",
+    executor: str = "local",
     force: bool = False,
     start: Callable[[int], Progress],
 ) -> Outcome:
     """Carry out a plan, or go on with one that was stopped.
 
     windows: what `calibration` gave
+    executor: where a plan without a walk is carried out
     start: is told how many steps there are and gives the function that is told of each
 
     raises: WtoolError; what was done is kept and continued by the same call
     """
     whole = sum(info.nbytes for info in plan.plan.outputs.values())
     if windows is None:
-        return run(plan.plan, out, force=force, progress=start(whole))
+        one_process("a quantization without a walk")
+        again = partial(_planned, recipe, plan.plan.max_shard_bytes)
+        return chosen.run(executor, again, plan.plan, out, force=force, progress=start(whole))
+    from wtool.executors import together
+
+    if METHODS[recipe.method].scaled:
+        one_process(f"a quantization by {recipe.method}")
+    ranks, where = current(), replace(where, device=own_device(where.device))
     noted = {**plan.plan.recipe, "calibration": windows.record, "computed_in": _dtype(plan, where)}
+    noted |= {"processes": ranks.size} if ranks.size > 1 else {}  # as sums in another order are other sums
     marked = replace(plan.plan, recipe=noted)
 
-    def walk(writer: Writer) -> None:
-        _walk(recipe, plan, windows, writer, where, start)
+    def walk(output: "Output") -> None:
+        _walk(recipe, plan, windows, output, where, start)
 
-    return run(marked, out, force=force, walk=walk)
+    return together.run(marked, out, force=force, walk=walk, ranks=ranks)
+
+
+def _planned(recipe: QuantRecipe, max_shard_bytes: int) -> Plan:
+    return plan_quantize(recipe, max_shard_bytes=max_shard_bytes).plan
 
 
 def _walk(
     recipe: QuantRecipe,
     plan: QuantPlan,
     windows: "Windows",
-    writer: Writer,
+    output: "Output",
     where: "Where",
     start: Callable[[int], Progress],
 ) -> None:
@@ -72,11 +90,18 @@ def _walk(
     from wtool.rewrite import Rewriting
 
     from .calibrated import Quantizing
+    from .scaled import ScaledRewriting
 
     network = calibrate.network(plan.plan.sources[0], where)
     transposed = {name for name, layer in plan.layers.items() if layer.linear.transposed}
-    with Rewriting(Quantizing(recipe, plan), network, writer, transposed) as visitor:
-        calibrate.walk(network, windows.unpadded(), visitor, way=recipe.way, where=where, start=start)
+    ranks = current()
+    change = Quantizing(recipe, plan, ranks)
+    if METHODS[recipe.method].scaled:
+        rewriting = ScaledRewriting(change, plan, network, output, transposed)
+    else:
+        rewriting = Rewriting(change, network, output, transposed, ranks)
+    with rewriting as visitor:
+        calibrate.walk(network, windows.unpadded(), visitor, way=recipe.way, where=where, ranks=ranks, start=start)
         visitor.finish(plan.layers)
 
 

@@ -37,7 +37,7 @@ def quantize(jobs: Sequence[Job], grid: Grid, fitting: Fitting) -> list[Quantize
     """GPTQ of matrices of one shape, on the processor one after the other."""
     if not jobs or jobs[0].weight.is_cuda:
         return sweep_stack(jobs, grid, fitting) if jobs else []
-    return [_joined([sweep_stack([part], grid, fitting)[0] for part in _parts(job)]) for job in jobs]
+    return [joined([sweep_stack([part], grid, fitting)[0] for part in _parts(job)]) for job in jobs]
 
 
 def sweep_stack(jobs: Sequence[Job], grid: Grid, fitting: Fitting) -> list[Quantized]:
@@ -131,7 +131,8 @@ def _cut(whole: Quantized, pieces: int) -> list[Quantized]:
     return [Quantized(*part, whole.group_index) for part in zip(codes, scales, zeros, strict=True)]
 
 
-def _joined(parts: Sequence[Quantized]) -> Quantized:
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """Rows of a quantized matrix after one another."""
     zeros = [part.zeros for part in parts if part.zeros is not None]
     return Quantized(
         torch.cat([part.codes for part in parts]),

@@ -37,6 +37,8 @@ def _vllm(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[
         grid, inputs = layer.scheme.grid, layer.linear.shape[1]
         if grid.bits not in (4, 8):
             yield name, f"has {grid.bits} bits; it takes 4 and 8"
+        if recipe.format == "awq" and grid.symmetric:
+            yield name, "is symmetric; of AWQ it takes grids with zeros (--asymmetric)"
         if recipe.format.startswith("gptq") and not grid.symmetric:
             yield name, "is asymmetric; of GPTQ it takes symmetric grids (--format compressed-tensors takes both)"
         if grid.group_size != -1 and inputs % (grid.group_size * parallel):
@@ -85,9 +87,9 @@ def _scheme(layers: "Mapping[str, Layer]", name: str) -> Scheme | Grid | None:
 
 
 TAKES = {
-    "transformers": ("compressed-tensors", "gptq"),
-    "vllm": ("compressed-tensors", "gptq"),
-    "gptqmodel": ("gptq",),
+    "transformers": ("compressed-tensors", "gptq", "awq"),
+    "vllm": ("compressed-tensors", "gptq", "awq"),
+    "gptqmodel": ("gptq", "awq"),
     "autogptq": ("gptq",),
 }
 RULES: dict[str, Any] = {

@@ -112,3 +112,48 @@ def output_error(error, gram):
     """tr(E G Eᵀ) of rows of errors."""
     size = range(len(gram))
     return sum(row[i] * gram[i][j] * row[j] for row in error for i in size for j in size)
+
+
+def awq_scales(size, share, exponent, duo):
+    """Scales of AWQ, as its authors' code has them: no feature's mean below 1e-4, and around 1 in the end."""
+    scales = [max(x, 1e-4) ** exponent for x in size]
+    if duo:
+        scales = [s / (w ** (1 - exponent) + 1e-4) for s, w in zip(scales, share, strict=True)]
+    scales = [max(s, 1e-4) for s in scales]
+    middle = (max(scales) * min(scales)) ** 0.5
+    return [s / middle for s in scales]
+
+
+def awq_share(weight, width):
+    """The mean over rows of |weight| over the largest in its group."""
+    shares = [0.0] * len(weight[0])
+    for row in weight:
+        for i, w in enumerate(row):
+            begin = i // width * width
+            largest = max(abs(other) for other in row[begin : begin + width])
+            shares[i] += abs(w) / largest / len(weight) if largest else 0.0
+    return shares
+
+
+def awq_error(weight, gram, scales, lowest, highest, width, symmetric, dtype):
+    """The squared error of the output, as a share of its square, of a matrix rounded with its columns scaled."""
+    scaled = [[w * s for w, s in zip(row, scales, strict=True)] for row in weight]
+    codes, steps, zeros = rtn(scaled, lowest, highest, width, symmetric, dtype)
+    off = [
+        [(codes[r][i] - zeros[r][i // width]) * steps[r][i // width] / scales[i] - w for i, w in enumerate(row)]
+        for r, row in enumerate(weight)
+    ]
+    return output_error(off, gram) / output_error(weight, gram)
+
+
+def awq_clipped(row, gram, begin, end, shares, lowest, highest, symmetric, dtype):
+    """The least squared error of one group's part of the output, of all shares of its range."""
+    group = row[begin:end]
+    largest = max(abs(w) for w in group)
+    errors = []
+    for share in shares:
+        cut = [min(max(w, -largest * share), largest * share) for w in group]
+        scale, zero = full_range(cut, lowest, highest, symmetric, dtype)
+        off = [(nearest(w, scale, zero, lowest, highest) - zero) * scale - w for w in group]
+        errors.append(output_error([off], [line[begin:end] for line in gram[begin:end]]))
+    return min(errors)

@@ -5,8 +5,10 @@
 | compressed-tensors | 2 to 8 bits     | all whose groups divide     | transformers, vLLM                     |
 | gptq               | 2, 3, 4, 8 bits | symmetric                   | GPTQModel, AutoGPTQ, vLLM (4 and 8)    |
 | gptq_v2            | 2, 3, 4, 8 bits | all                         | GPTQModel                              |
+| awq                | 4 bits          | all whose groups divide     | GPTQModel, vLLM                        |
 
 bits    codes as a dense stream of bits
+gguf    llama.cpp's blocks, which are no grid: a table of their own
 scheme  what formats have in common: Scheme, and what a Format can do
 """
 
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from wtool.errors import QuantizedInput
-from wtool.formats import compressed_tensors, gptq
+from wtool.formats import awq, compressed_tensors, gptq
 from wtool.formats.scheme import Format as Format
 from wtool.formats.scheme import Scheme as Scheme
 from wtool.formats.scheme import Shape as Shape
@@ -23,6 +25,7 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.FORMAT,
     "gptq": gptq.V1,
     "gptq_v2": gptq.V2,
+    "awq": awq.FORMAT,
 }
 AUTOROUND = ("auto-round", "autoround", "intel/auto-round")
 

@@ -36,6 +36,7 @@ class Format(ABC):
     suffixes: ClassVar[tuple[str, ...]]  # of all tensors in the place of `P.weight`
     optional: ClassVar[tuple[str, ...]] = ()  # of those that some files lack
     integers: ClassVar[tuple[str, ...]] = ()  # of those that may be of any integer type
+    mixed: ClassVar[bool] = True  # a checkpoint may have layers of several schemes
 
     # Writing
 
