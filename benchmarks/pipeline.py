@@ -23,22 +23,8 @@ from quantize import Tool, surroundings
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pipelines" / "three-experts.yaml"
 EXPERTS = ("first", "second", "third")
 HELD = 8000  # characters of each text that nothing is trained on
-EXPERT = (
-    "--lora",
-    "16",
-    "--kd",
-    "0",
-    "--ce",
-    "1",
-    "--lr",
-    "5e-4",
-    "--batch",
-    "4",
-    "--seqlen",
-    "256",
-    "--held-out",
-    "2",
-)
+EXPERT = ("--lora", "16", "--kd", "0", "--ce", "1", "--lr", "5e-4")
+WINDOWS = ("--batch", "4", "--seqlen", "256", "--held-out", "2")
 KILLS = (0.35, 0.4)  # share of an undisturbed run's time until each
 
 

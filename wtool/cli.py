@@ -64,8 +64,9 @@ def load(verb: str) -> "typer.Typer":
 def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit code.
 
-    With --json an error is told on stdout too: {"error": the line, "exit_code": the code}.
+    With --json an error is told on stdout too, unless a result was: {"error": the line, "exit_code": the code}.
     """
+    console.json_told = 0
     try:
         if not arguments or arguments[0].startswith("-") or arguments[0] == "help":
             return _without_verb(arguments)
@@ -118,7 +119,7 @@ def _failed(line: str, code: int, arguments: list[str]) -> int:
 
 
 def _tell_scripts(message: str, code: int, arguments: list[str]) -> None:
-    if "--json" in arguments:
+    if "--json" in arguments and not console.json_told:
         console.emit_json({"error": message, "exit_code": code})
 
 

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 LEVELS = ("debug", "info", "warning")
 log = logging.getLogger("wtool")
+json_told = 0  # objects that this process has printed for scripts
 
 
 def emit_json(result: Mapping[str, Any]) -> None:
     """Print a result for scripts: one JSON object on stdout; NaN and infinity, which JSON has not, become null."""
+    global json_told
     print(json.dumps(_without_nonfinite(result), indent=2, ensure_ascii=False, allow_nan=False))
+    json_told += 1
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -163,6 +163,7 @@ def _quiet(asked: bool) -> Iterator[None]:
 @contextmanager
 def _joined() -> Iterator[Ranks]:
     """All processes that torchrun started, for a while; errors are told by one of them."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # how a process leaves is told by us, in one line
     import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore

@@ -147,7 +147,7 @@ def test_the_result_is_told_as_json(
         ([], 2, "one student is needed, none is given"),
         (["--student-layers", "2", "--student-config", "x"], 2, "student_layers and student_config are given"),
         (["--student-layers", "9"], 2, "9 student layers: the teacher has 4"),
-        (["--student-layers", "a"], 2, "give how many (15) or which (0,2,5)"),
+        (["--student-layers", "a"], 2, "give how many layers (15), or their numbers with commas (0,2,5)"),
         (["--student-layers", "2", "--loss", "foward-kl"], 2, "no loss 'foward-kl'; did you mean 'forward-kl'?"),
         (["--student-layers", "2", "--optimizer", "adamv"], 2, "no optimizer 'adamv'; did you mean 'adamw'?"),
         (["--student-layers", "2", "--schedule", "cosin"], 2, "no schedule 'cosin'; did you mean 'cosine'?"),

@@ -37,6 +37,11 @@ def mixed(layer: str) -> Scheme | None:
     return Scheme(Grid(8, -1)) if "down" in layer else Scheme(Grid(4, 32))
 
 
+def fitting(name: str) -> Callable[[str], Scheme | None]:
+    """Schemes that a format can hold: AWQ's has one for all."""
+    return (lambda layer: mixed(layer) and Scheme(Grid(4, 32))) if name == "awq" else mixed
+
+
 def values(held: dict[str, Quantized]) -> dict[str, torch.Tensor]:
     """What each packed layer stands for, computed in double precision with a loop over groups, rounded once."""
     found = {}
@@ -53,7 +58,7 @@ def values(held: dict[str, Quantized]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_packed_checkpoint_looks_like_a_plain_one(model: Path, tmp_path: Path, name: str) -> None:
-    held = values(write_quantized(model, tmp_path / "packed", name, mixed))
+    held = values(write_quantized(model, tmp_path / "packed", name, fitting(name)))
     plain, packed = open_checkpoint(str(model)), open_checkpoint(str(tmp_path / "packed"))
     assert dict(packed.tensors) == dict(plain.tensors)
     assert packed.config == plain.config and (packed.nbytes, packed.parameters) == (plain.nbytes, plain.parameters)
@@ -65,9 +70,8 @@ def test_a_packed_checkpoint_looks_like_a_plain_one(model: Path, tmp_path: Path,
         assert torch.equal(read, held.get(tensor, plain.read(tensor)))
         packed.forget(tensor)
     assert len(held) == 11 and plain.quantization is None
-    assert packed.quantization == (
-        f"{name} 4 bits, groups of 32, symmetric in 10 layer(s); 8 bits, whole rows, symmetric in 1 layer(s)"
-    )
+    grids = "4 bits, groups of 32, symmetric in 10 layer(s); 8 bits, whole rows, symmetric in 1 layer(s)"
+    assert packed.quantization == f"{name} {'4 bits, groups of 32, asymmetric' if name == 'awq' else grids}"
     assert [file.name for file in packed.identity()] == ["model.safetensors"]
     assert packed.folders() == [(tmp_path / "packed").resolve()]
     with pytest.raises(MissingInput, match="no tensor 'model.layers.0.self_attn.q_proj.qweight'"):
@@ -125,7 +129,7 @@ def test_inputs_that_do_not_fill_the_last_word_or_group(tmp_path: Path, scheme: 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_remote_model_is_opened_by_its_headers(hub: HubServer, model: Path, tmp_path: Path, name: str) -> None:
-    held = write_quantized(model, tmp_path / "packed", name, mixed)
+    held = write_quantized(model, tmp_path / "packed", name, fitting(name))
     hub.add("tiny/packed", tmp_path / "packed")
     remote = open_checkpoint("tiny/packed", headers_only=True)
     local = open_checkpoint(str(tmp_path / "packed"))
@@ -308,7 +312,11 @@ def settings(method: str, **more: Any) -> dict[str, Any]:
             "quantized, see tensor 'q.weight_scale_inv' (F32)",
         ),
         ({"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, {}, "'q.weight' (F8_E4M3)"),
-        ({"q.qweight": torch.ones(2, 2).int()}, settings("awq"), "quantized (awq), see tensor 'q.qweight' (I32)"),
+        (
+            {"q.qweight": torch.ones(2, 2).int()},
+            settings("awq", bits=3, group_size=64, zero_point=True),
+            "quantized (awq with codes of 3 bits), see tensor 'q.qweight' (I32)",
+        ),
         ({"q.qweight": torch.ones(2, 2).int()}, {}, "quantized, see tensor 'q.qweight'"),
         ({"q.weight": torch.ones(2)}, settings("fp8"), "quantized (fp8), see config.json: quantization_config"),
         (

@@ -115,14 +115,14 @@ def test_an_adapter_changes_no_figure(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_quantized_checkpoint_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 48, dtype=torch.int32)}
     save_file(packed, tmp_path / "model.safetensors")
-    config = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "aqlm", "bits": 4, "group_size": 128}}
     (tmp_path / "config.json").write_bytes(json_bytes(config))
     found = inspected(capsys, str(tmp_path))
-    assert found["quantization"] == {"quant_method": "awq", "bits": 4, "group_size": 128}
+    assert found["quantization"] == {"quant_method": "aqlm", "bits": 4, "group_size": 128}
     assert found["decoded_from"] is None
     assert run(["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "quant_method awq, bits 4, group_size 128" in shown and "stored values" in shown
+    assert "quant_method aqlm, bits 4, group_size 128" in shown and "stored values" in shown
 
 
 def test_a_quantized_checkpoint_that_is_decoded_is_shown_as_it_is_read(

@@ -255,7 +255,7 @@ def test_versions(change: dict[str, Any], name: str) -> None:
         ({"is_marlin_format": True}, "marlin"),
         ({"bits": 5}, "codes of 5 bits"),
         ({"pack_dtype": "int16"}, "packed in words of int16"),
-        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "aqlm"}, "aqlm"),
     ],
 )
 def test_other_varieties_are_not_read(change: dict[str, Any], clause: str) -> None:
