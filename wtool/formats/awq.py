@@ -84,11 +84,11 @@ class Awq(Format):
     def schemes(self, settings: Mapping[str, Any]) -> Callable[[str], Scheme]:
         version = str(settings.get("version", "gemm")).lower()
         if version != "gemm":
-            raise QuantizedInput(f"awq in version {version}")
+            raise QuantizedInput(f"version {version}")
         bits = entry(settings, "bits", int) if "bits" in settings else entry(settings, "w_bit", int)
         size = entry(settings, "group_size", int) if "group_size" in settings else entry(settings, "q_group_size", int)
         if bits != BITS:
-            raise QuantizedInput(f"awq with codes of {bits} bits")
+            raise QuantizedInput(f"codes of {bits} bits")
         if size == 0 or size < -1:
             raise ValueError(f"groups of {size} are none")
         scheme = Scheme(Grid(BITS, size, symmetric=False))

@@ -315,7 +315,7 @@ def settings(method: str, **more: Any) -> dict[str, Any]:
         (
             {"q.qweight": torch.ones(2, 2).int()},
             settings("awq", bits=3, group_size=64, zero_point=True),
-            "quantized (awq with codes of 3 bits), see tensor 'q.qweight' (I32)",
+            "quantized (awq, codes of 3 bits), see tensor 'q.qweight' (I32)",
         ),
         ({"q.qweight": torch.ones(2, 2).int()}, {}, "quantized, see tensor 'q.qweight'"),
         ({"q.weight": torch.ones(2)}, settings("fp8"), "quantized (fp8), see config.json: quantization_config"),

@@ -79,7 +79,7 @@ def test_settings_are_read_again_and_those_of_others_too() -> None:
     old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM"}
     assert reader(old)[2]("a").grid.group_size == 128
     for other in ({"version": "gemv"}, {"bits": 3}):
-        with pytest.raises(QuantizedInput, match="awq"):
+        with pytest.raises(QuantizedInput, match="version|codes of"):
             reader(settings | other)
 
 
