@@ -20,7 +20,7 @@ INTERRUPTED = 130  # the exit code that typer gives to Ctrl-C
 # verb -> where its command is, and what it does
 VERBS: dict[str, tuple[str, str]] = {
     "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE"),
-    "quantize": ("quant.cli:app", "quantize a checkpoint: GPTQ, or rounding alone"),
+    "quantize": ("quant.cli:app", "quantize a checkpoint: GPTQ, AWQ or rounding, for transformers, vLLM, llama.cpp"),
     "prune": ("prune.cli:app", "make a checkpoint smaller or sparse: depth, width, experts, weights, rank"),
     "distill": ("distill.cli:app", "train a student to say what its teacher says"),
     "teacher-cache": ("distill.cli:cache_app", "keep what a teacher says of a text, for students to come"),
