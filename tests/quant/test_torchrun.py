@@ -141,7 +141,8 @@ def test_what_several_processes_cannot_do_is_refused_once(model: Path, text: Pat
     ):
         assert in_two([*command(model, text, tmp_path / "out"), *more], said) == [2, 2]
         assert error in (said / "err0").read_text()
-        assert "error" not in (said / "err1").read_text()
+        others = (said / "err1").read_text().splitlines()  # where gloo may tell of a connection that is gone
+        assert not any(line.startswith("error") for line in others)
 
 
 def test_the_sums_are_those_of_all_tokens(model: Path, text: Path, tmp_path: Path) -> None:
