@@ -106,8 +106,9 @@ def main() -> None:
     told(*arguments, folder=cut)
     found = [digests(folder / "out") for folder in (whole, cut)]
     unlike = sorted(name for name in found[0].keys() | found[1].keys() if found[0].get(name) != found[1].get(name))
+    about = surroundings([Tool("wtool", sys.executable, (), (), ("torch", "transformers"))])
     record = {
-        "surroundings": surroundings([Tool("wtool", sys.executable, (), (), ("torch", "transformers"))]),
+        "surroundings": {**about, "command": [Path(part).name if "/" in part else part for part in sys.argv]},
         "seconds": round(seconds, 1),
         "forecast": [{key: job[key] for key in ("job", "bytes", "seconds")} for job in forecast if job.get("bytes")],
         "results": results,

@@ -183,15 +183,31 @@ def _joined() -> Iterator[Ranks]:
             ) from None
         raise SystemExit(RuntimeProblem.exit_code) from None
     except WtoolError as error:
-        told.set(str(rank), str(error))
-        if rank and _of_others(told, rank, 1) == str(error):  # the first one says it
+        if rank and _first_says(told, rank, str(error)):
             raise SystemExit(error.exit_code) from None
+        told.set(str(rank), str(error))
         raise type(error)(f"process {rank}: {error}" if rank else str(error)) from None
     except Exception as error:
         told.set(str(rank), repr(error))
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _first_says(told: Any, rank: int, line: str) -> bool:
+    """Whether the first process tells the same error; where it is gone already, with the store, it has spoken."""
+    try:
+        told.set(str(rank), line)
+    except RuntimeError:
+        return True
+    said = _of_others(told, rank, 1)
+    if said is not None:
+        return said == line
+    try:
+        told.check([str(rank)])
+    except RuntimeError:
+        return True
+    return False
 
 
 def _of_others(told: Any, rank: int, size: int) -> str | None:
