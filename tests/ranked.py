@@ -62,6 +62,6 @@ def _spoil(fault: str) -> None:
             if fault == "dies":
                 os._exit(9)
             raise RuntimeProblem("the third matrix is bad here")
-        return works(*arguments)  # type: ignore[arg-type]
+        return works(*arguments)
 
-    quant.calibrated.by_rows = fails  # type: ignore[assignment]
+    quant.calibrated.by_rows = fails

@@ -36,8 +36,8 @@ def test_three_experts_become_one_that_two_runtimes_load(capsys: pytest.CaptureF
     sizes = {"third": "./base+./lora", "layers": 3, "ffn": 256, "group_size": 32}
     found = {row["stage"]: row for row in rows("three-experts.yaml", capsys, **SMALL, **sizes)}
     assert all(row["status"] == "done" for row in found.values())
-    assert found["healed"]["held-out KL"] < found["slim"]["held-out KL"]  # type: ignore[operator]
-    assert found["merged"]["held-out perplexity"] < found["of_base"]["held-out perplexity"]  # type: ignore[operator]
+    assert found["healed"]["held-out KL"] < found["slim"]["held-out KL"]
+    assert found["merged"]["held-out perplexity"] < found["of_base"]["held-out perplexity"]
     assert len(list(Path("out/llama_cpp").glob("*.gguf"))) == 1
     assert json.loads(Path("out/vllm/config.json").read_bytes())["quantization_config"]["format"] == "pack-quantized"
     page = Path("out/page.html").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def test_bits_and_methods_are_compared(capsys: pytest.CaptureFixture[str]) -> No
     assert [(row["bits"], row["method"]) for row in found] == [
         (bits, method) for bits in (4, 3) for method in ("rtn", "gptq", "awq")
     ]
-    assert all(0 < row["held-out KL"] < 1 for row in found)  # type: ignore[operator]
+    assert all(0 < row["held-out KL"] < 1 for row in found)
 
 
 def test_a_pruned_model_recovers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,4 +59,4 @@ def test_a_pruned_model_recovers(capsys: pytest.CaptureFixture[str]) -> None:
     lost = {row["layers"]: row["held-out KL"] for row in found if row["stage"] == "pruned"}
     for row in found:
         if row["stage"] == "recovered":
-            assert row["held-out KL"] < lost[row["layers"]]  # type: ignore[operator]
+            assert row["held-out KL"] < lost[row["layers"]]

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from wtool import options
 from wtool.cli import load
 from wtool.errors import UsageError, did_you_mean
 
@@ -21,12 +22,12 @@ def arguments(job: Job, pipeline: Pipeline, folder: Folder, recipe: Path) -> lis
     raises: UsageError
     """
     content = content_of(job, pipeline, folder)
-    options = options_of(job, pipeline, folder) | _shared(job, pipeline)
+    beside = options_of(job, pipeline, folder) | _shared(job, pipeline)
     if not VERBS[job.verb].has_recipe:
-        return [job.verb, *_spelled(job, content | options)]
+        return [job.verb, *_spelled(job, content | beside)]
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return [job.verb, str(recipe), *_spelled(job, options)]
+    return [job.verb, str(recipe), *_spelled(job, beside)]
 
 
 def destination(output: Path | None) -> list[str]:
@@ -34,27 +35,28 @@ def destination(output: Path | None) -> list[str]:
 
 
 def _shared(job: Job, pipeline: Pipeline) -> dict[str, Any]:
-    """The pipeline's options that this verb has, and that the stage does not give itself."""
-    has = {parameter.name for parameter in command_of(job.verb).params}
-    for name in pipeline.options:
-        if not any(name.replace("-", "_") in _names_of(verb) for verb in VERBS):
+    """The pipeline's options that this verb has, and that the stage does not give itself.
+
+    raises: UsageError for one that no verb has
+    """
+    shared: dict[str, Any] = {}
+    for name, value in pipeline.options.items():
+        key = name.replace("-", "_")
+        if key in _parameters(job.verb):
+            shared |= {} if name in job.asked.options else {name: value}
+        elif not any(key in _parameters(verb) for verb in VERBS):
             raise UsageError(f"options: no verb has '{name}'")
-    return {
-        name: value
-        for name, value in pipeline.options.items()
-        if name.replace("-", "_") in has and name not in job.asked.options
-    }
-
-
-def _names_of(verb: str) -> set[str]:
-    return {str(parameter.name) for parameter in command_of(verb).params}
+    return shared
 
 
 def command_of(verb: str) -> Any:
     """A verb as click knows it."""
-    from typer.main import get_command
+    return options.command_of(load(verb))
 
-    return get_command(load(verb))
+
+def _parameters(verb: str) -> dict[str, Any]:
+    """A verb's parameters by what a pipeline calls them."""
+    return {_key(parameter): parameter for parameter in command_of(verb).params}
 
 
 def _spelled(job: Job, given: Mapping[str, Any]) -> list[str]:
@@ -62,7 +64,7 @@ def _spelled(job: Job, given: Mapping[str, Any]) -> list[str]:
 
     raises: UsageError for a name that the verb does not know
     """
-    parameters = {_key(parameter): parameter for parameter in command_of(job.verb).params}
+    parameters = _parameters(job.verb)
     first = next(parameter for parameter in parameters.values() if parameter.param_type_name == "argument")
     parameters[VERBS[job.verb].subject] = first
     parts: list[str] = []
