@@ -97,6 +97,7 @@ def distill(
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
     told = locals()
+    from wtool.recipe_file import asked, given, named_value
 
     def named(*names: str, **renamed: str) -> dict[str, Any] | None:
         pairs = {**{name: name for name in names}, **renamed}
@@ -108,7 +109,7 @@ def distill(
         *("weight_decay", "checkpointing", "precision", "evaluate_every", "patience", "on_policy", "seed"),
         "tensorboard",
     )
-    arguments = dict(map(_argument, optimizer_arg or []))
+    arguments = dict(named_value("--optimizer-arg", text) for text in optimizer_arg or [])
     factors = named("keep_adapter", rank="lora", alpha="lora_alpha", targets="lora_target", four_bit="qlora")
     if factors and lora is None:
         raise UsageError("--lora RANK is missing: the other options of LoRA mean nothing without it")
@@ -128,7 +129,6 @@ def distill(
         "stream_teacher": stream_teacher or None,
     }
     from wtool.loading import pick_device
-    from wtool.recipe_file import asked, given
 
     from .export import sketch_student
     from .planner import plan_distillation
@@ -143,19 +143,6 @@ def distill(
         return _show(plan, as_json)
     assert output is not None
     _run(plan, output, force, trust_remote_code, as_json, quiet)
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise UsageError(f"--optimizer-arg '{text}': write KEY=VALUE, e.g. momentum=0.9")
-    read = yaml.safe_load(value)
-    try:
-        return key, float(read) if isinstance(read, str) else read  # YAML takes 1e-8 for a text
-    except ValueError:
-        return key, read
 
 
 def _show(plan: "DistillPlan", as_json: bool) -> None:

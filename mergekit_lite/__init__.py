@@ -14,7 +14,7 @@ What methods share: `chunks` (the walk through a tensor in cache-sized pieces), 
 base, trimmed, elected, summed), `selection` (the k largest without a sort), `random_mask` (masks that depend on
 nothing but seed, model, tensor and element).
 
-The rest is about names: `recipe` (what was asked; the table of methods), `parameters` (gradients and filters),
+The rest is about names: `recipe` (what was asked), `methods` (their table), `parameters` (gradients and filters),
 `config` (mergekit's YAML), `planner` (recipe to plan), `tokenizer` (do the vocabularies agree),
 `disagreement` (what the report tells of a merge).
 """

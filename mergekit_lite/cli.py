@@ -37,6 +37,9 @@ def merge(
     scale: Annotated[float | None, typer.Option(help="passthrough: factor of the model")] = None,
     normalize: Annotated[bool | None, typer.Option(help="divide by the weights that take part")] = None,
     rescale: Annotated[str | None, typer.Option(help="dare: density, l1 or none; ties: l1 or none")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="any other of the method")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="type of the output: bfloat16, float16, float32")] = None,
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
@@ -54,6 +57,8 @@ def merge(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no remarks")] = False,
 ) -> None:
     """Merge checkpoints into one, streamed tensor by tensor."""
+    from wtool.recipe_file import named_value
+
     dry_run = dry_run or sketch is not None
     if output is None and not dry_run:
         raise UsageError("where to? give the output folder with -o OUT (or --dry-run to see the plan)")
@@ -69,6 +74,7 @@ def merge(
         "scale": scale,
         "normalize": normalize,
         "rescale": rescale,
+        **dict(named_value("--parameter", text) for text in parameter or []),
     }
     from wtool.console import parse_size
     from wtool.executors import chosen

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from wtool.errors import UsageError
 
-from .recipe import Filtered, Parameter, Setting
+from .methods import Parameter
+from .recipe import Filtered, Setting
 
 LAYER = re.compile(r"^(.*?\.|)(\d+)\.")  # the first number among a name's parts is the layer's
 AFTER_LAYERS = re.compile(r"(^|[._])(norm|ln_f|final\w*|lm_head|embed_out|output|score|classifier)([._]|$)")

@@ -23,9 +23,10 @@ from wtool.shards import json_bytes
 from .card import model_card
 from .disagreement import figures
 from .lineage import common_base
+from .methods import Method, Parameter
 from .parameters import LAYER, Depths, resolve
 from .random_mask import mask_key
-from .recipe import MergeRecipe, Parameter
+from .recipe import MergeRecipe
 from .tokenizer import compare
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.
@@ -106,8 +107,9 @@ def _roles(recipe: MergeRecipe) -> tuple[str | None, list[tuple[str, Mapping[str
     configuration and tokenizer.
     """
     method, base = recipe.method, recipe.base_model
+    takes_base = method.has_base or (method.may_have_base and base is not None)
     entries: list[tuple[str, Mapping[str, Any]]] = [(entry.model, entry.parameters) for entry in recipe.models]
-    if method.has_base:
+    if takes_base:
         if base is None:
             raise UsageError(
                 f"{recipe.merge_method} needs a base: the checkpoint that the models were fine-tuned from "
@@ -121,9 +123,9 @@ def _roles(recipe: MergeRecipe) -> tuple[str | None, list[tuple[str, Mapping[str
     if len(entries) < method.least or (method.most is not None and len(entries) > method.most):
         count = f"{method.least}" if method.most == method.least else f"{method.least} or more"
         count = "1" if method.most == 1 else count
-        beside = " beside the base" if method.has_base else ""
+        beside = " beside the base" if takes_base else ""
         raise UsageError(f"{recipe.merge_method} takes {count} model(s){beside}; {len(entries)} are given")
-    return (base if method.has_base else None), entries
+    return (base if takes_base else None), entries
 
 
 class _Planner:
@@ -201,8 +203,8 @@ class _Planner:
         if any(info.dtype not in FLOATS for info in infos):
             return Step(tuple(reads), {name: first}, partial(_equal, name))
         dtype = self.recipe.output_dtype or promote([info.dtype for info in infos])
-        function = partial(_call, self.method.function, self.method.has_base, self._numbers(name, torch_dtype(dtype)))
-        if self.method.has_base:
+        function = partial(_call, self.method, self.base is not None, self._numbers(name, torch_dtype(dtype)))
+        if self.base is not None:
             function = partial(_call_and_tell, function, name)
         return Step(tuple(reads), {name: TensorInfo(dtype, first.shape)}, function)
 
@@ -226,17 +228,19 @@ class _Planner:
         if self.method.is_random:
             numbers["key"] = [mask_key(self.recipe.seed, i, name) for i in range(len(self.models))]
         total = sum(numbers.get("weight", [1.0]))
-        if numbers.get("normalize") and not self.method.has_base and total == 0:
+        if numbers.get("normalize") and self.base is None and total == 0:
             raise UsageError(
                 f"the weights of tensor '{name}' sum to 0, and a mean divides by it; normalize: false adds up"
             )
         return numbers
 
 
-def _call(function: Callable[..., Tensor], has_base: bool, numbers: Mapping[str, Any], *tensors: Tensor) -> Tensor:
-    if has_base:
-        return function(tensors[0], tensors[1:], **numbers)
-    return function(tensors, **numbers)
+def _call(method: Method, based: bool, numbers: Mapping[str, Any], *tensors: Tensor) -> Tensor:
+    if method.may_have_base:
+        return method.function(tensors[0] if based else None, tensors[1:] if based else tensors, **numbers)
+    if method.has_base:
+        return method.function(tensors[0], tensors[1:], **numbers)
+    return method.function(tensors, **numbers)
 
 
 def _call_and_tell(call: Callable[..., Tensor], name: str, *tensors: Tensor) -> Told:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .recipe import Parameter
+    from .methods import Parameter
 
 
 def of_method(name: str, per_model: "Mapping[str, Parameter]", shared: "Mapping[str, Parameter]") -> dict[str, Any]:

@@ -82,6 +82,23 @@ def given(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flags.items() if value is not None}
 
 
+def named_value(flag: str, text: str) -> tuple[str, Any]:
+    """What NAME=VALUE on a command line says, the value as YAML reads it (and 1e-8 as the number it is).
+
+    raises: UsageError
+    """
+    name, sign, written = text.partition("=")
+    if not name or not sign:
+        raise UsageError(f"{flag} '{text}': write NAME=VALUE")
+    try:
+        value = yaml.safe_load(written) if written else ""
+        return name, float(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        raise UsageError(f"{flag} '{text}': '{written}' is not a value that YAML can read") from None
+    except ValueError:
+        return name, value
+
+
 def _in_words(model: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if not _is_type_name(part))

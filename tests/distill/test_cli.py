@@ -155,7 +155,7 @@ def test_the_result_is_told_as_json(
         (["--student-layers", "2", "--beta", "2", "--loss", "jsd"], 2, "less than or equal to 1"),
         (["--student-layers", "2", "--kd", "0"], 2, "there is nothing to learn"),
         (["--student-layers", "2", "--data", "nowhere.txt"], 3, "nowhere.txt: no such"),
-        (["--student-layers", "2", "--optimizer-arg", "x"], 2, "write KEY=VALUE"),
+        (["--student-layers", "2", "--optimizer-arg", "x"], 2, "write NAME=VALUE"),
         (["--student-layers", "2", "--hidden", "cosin"], 2, "'loss.hidden'"),
         (["--student-layers", "2", "--teacher-4bit", "--stream-teacher"], 2, "a streamed teacher is not quantized"),
     ],

@@ -1,7 +1,8 @@
 import pytest
 
+from mergekit_lite.methods import DENSITY, Parameter
 from mergekit_lite.parameters import Depths, resolve, value_at
-from mergekit_lite.recipe import DENSITY, Filtered, Parameter
+from mergekit_lite.recipe import Filtered
 from wtool.errors import UsageError
 
 LAYERS = Depths([f"model.layers.{i}.mlp.experts.7.w1" for i in range(5)] + ["vision.blocks.1.x", "vision.blocks.0.x"])

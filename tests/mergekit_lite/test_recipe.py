@@ -1,6 +1,7 @@
 import pytest
 
-from mergekit_lite.recipe import METHODS, parse_recipe, read_recipe
+from mergekit_lite.methods import METHODS
+from mergekit_lite.recipe import parse_recipe, read_recipe
 from wtool.errors import UsageError
 
 GOOD = {"merge_method": "ties", "base_model": "b", "models": [{"model": "a", "parameters": {"density": 0.5}}]}

@@ -48,8 +48,9 @@ def run(
     from wtool.pipeline.ledger import Ledger, keys_of
     from wtool.pipeline.recipe import read_pipeline
     from wtool.pipeline.schedule import Schedule, to_do
+    from wtool.recipe_file import named_value
 
-    asked = read_pipeline(pipeline).with_variables(dict(map(_variable, given or [])))
+    asked = read_pipeline(pipeline).with_variables(dict(named_value("--set", text) for text in given or []))
     all_jobs = jobs_of(asked)
     _check_stages([*(only or []), *(redo or [])], asked)
     ledger = Ledger(output or Path(pipeline.stem))
@@ -63,15 +64,6 @@ def run(
     schedule = Schedule(asked, all_jobs, todo, keys, ledger, at_once=jobs, keep_all=keep, quiet=quiet)
     _run(schedule, todo, ledger, executor, quiet)
     _tell(asked, all_jobs, ledger, schedule.failed, as_json)
-
-
-def _variable(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, sign, value = text.partition("=")
-    if not name or not sign:
-        raise UsageError(f"--set '{text}': write NAME=VALUE")
-    return name, yaml.safe_load(value) if value else ""
 
 
 def _check_stages(names: "Sequence[str]", asked: "Pipeline") -> None:

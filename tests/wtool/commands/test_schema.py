@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from distill.recipe import parse_recipe as distillation
-from mergekit_lite.recipe import METHODS, parse_recipe
+from mergekit_lite.methods import METHODS
+from mergekit_lite.recipe import parse_recipe
 from prune.recipe import parse_recipe as pruning
 from quant.recipe import parse_recipe as quantization
 from wtool.cli import run
