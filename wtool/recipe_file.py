@@ -92,9 +92,10 @@ def named_value(flag: str, text: str) -> tuple[str, Any]:
         raise UsageError(f"{flag} '{text}': write NAME=VALUE")
     try:
         value = yaml.safe_load(written) if written else ""
-        return name, float(value) if isinstance(value, str) else value
     except yaml.YAMLError:
         raise UsageError(f"{flag} '{text}': '{written}' is not a value that YAML can read") from None
+    try:
+        return name, float(value) if isinstance(value, str) else value
     except ValueError:
         return name, value
 
