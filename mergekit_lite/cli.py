@@ -44,6 +44,9 @@ def merge(
     seed: Annotated[int, typer.Option(help="of random masks")] = 0,
     shard_size: Annotated[str, typer.Option(help="largest output file")] = "5GB",
     workers: Annotated[int | None, typer.Option(min=1, help="threads [default: processors + 1]")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="results that may be in memory at a time, e.g. 2GB")
+    ] = None,
     executor: options.Executor = "local",
     low_disk: options.LowDisk = False,
     force: Annotated[bool, typer.Option("--force", help="replace the output if it is there")] = False,
@@ -88,13 +91,16 @@ def merge(
         max_shard_bytes=parse_size(shard_size),
     )
     plan = make(headers_only=dry_run, low_disk=options.downloads(low_disk, output))
+    room = parse_size(memory) if memory else None
     if dry_run:
         options.draw(plan, sketch)
-        raise typer.Exit(_show(plan, workers, as_json))
+        raise typer.Exit(_show(plan, workers, room, as_json))
     assert output is not None
     chosen.check(executor, plan)
     options.check_low_disk(low_disk, plan, executor)
-    carry_out = partial(chosen.run, executor, make, workers=workers, force=force, allow_nonfinite=allow_nonfinite)
+    carry_out = partial(
+        chosen.run, executor, make, workers=workers, memory=room, force=force, allow_nonfinite=allow_nonfinite
+    )
     _run(plan, output, carry_out, as_json, quiet)
 
 
@@ -128,16 +134,18 @@ def _recipe(models: list[str], flags: dict[str, Any]) -> "MergeRecipe":
     return parse_recipe({**content, "parameters": parameters}, "command line")
 
 
-def _show(plan: "Plan", workers: int | None, as_json: bool) -> int:
+def _show(plan: "Plan", workers: int | None, memory: int | None, as_json: bool) -> int:
     """Print a plan; the exit code tells whether it can be carried out."""
     from wtool.console import emit, emit_json
+    from wtool.executors.budget import Budget
     from wtool.executors.local import default_workers
 
-    summary = plan.summary(workers or default_workers())
+    Budget(memory).check(plan.steps)
+    summary = plan.summary(workers or default_workers(), memory)
     if as_json:
         emit_json(summary)
     else:
-        emit(plan.describe(workers or default_workers()))
+        emit(plan.describe(workers or default_workers(), memory))
     return 3 if plan.problems else 0
 
 

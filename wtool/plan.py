@@ -33,10 +33,16 @@ class Step:
     outputs: Mapping[str, TensorInfo]
     # of the tensors read, in their order; None where the outputs come out of a walk through the model
     function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...] | Told] | None"
+    scratch: int = 0  # bytes of memory that the function takes beside the outputs, where they are worth counting
 
     @property
     def nbytes_written(self) -> int:
         return sum(info.nbytes for info in self.outputs.values())
+
+    @property
+    def nbytes_in_flight(self) -> int:
+        """What the step holds while it runs; inputs are mapped, not held."""
+        return self.nbytes_written + self.scratch
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,12 @@ class Plan:
     def bytes_to_write(self) -> int:
         return sum(shard.size for shard in self.shards)
 
-    def peak_bytes(self, workers: int) -> int:
-        """An upper bound of the memory of the outputs in flight; inputs are mapped, not held."""
-        largest = sorted((step.nbytes_written for step in self.steps), reverse=True)
-        return sum(largest[:workers])
+    def peak_bytes(self, workers: int, memory: int | None = None) -> int:
+        """An upper bound of the memory of the steps in flight; inputs are mapped, not held."""
+        largest = sorted((step.nbytes_in_flight for step in self.steps), reverse=True)
+        return min(sum(largest[:workers]), memory or sum(largest))
 
-    def summary(self, workers: int) -> dict[str, Any]:
+    def summary(self, workers: int, memory: int | None = None) -> dict[str, Any]:
         """The plan in figures, for scripts."""
         return {
             "recipe": dict(self.recipe),
@@ -94,18 +100,18 @@ class Plan:
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
             "shards": len(self.shards),
-            "peak_memory_bytes": self.peak_bytes(workers),
+            "peak_memory_bytes": self.peak_bytes(workers, memory),
             **self.work,
             "problems": list(self.problems),
             "warnings": list(self.warnings),
         }
 
-    def describe(self, workers: int) -> str:
+    def describe(self, workers: int, memory: int | None = None) -> str:
         """The plan in words."""
         lines = [
             f"{len(self.outputs)} tensors of {len(self.sources)} checkpoints: "
             f"read {human_bytes(self.bytes_to_read)}, write {human_bytes(self.bytes_to_write)} in {len(self.shards)} "
-            f"file(s), up to {human_bytes(self.peak_bytes(workers))} of results in memory ({workers} workers)",
+            f"file(s), up to {human_bytes(self.peak_bytes(workers, memory))} of results in memory ({workers} workers)",
             *(f"warning: {warning}" for warning in self.warnings),
             *(f"problem: {problem}" for problem in self.problems),
         ]

@@ -261,3 +261,16 @@ def test_help_imports_no_torch():
     commands = "run(['--help']); run(['merge', '--help']); run(['eval', '--help'])"
     code = f"import sys; from wtool.cli import run; {commands}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_bound_on_memory_changes_no_byte(models, tmp_path, capsys):
+    """The largest results are 4 kB: the embedding and the head."""
+    for name, options in {"free": [], "bound": ["--memory", "4096", "--workers", "4"]}.items():
+        assert run(["merge", "a", "b", "-o", str(tmp_path / name), *options]) == 0
+    free, bound = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("free", "bound"))
+    assert free == bound
+    capsys.readouterr()
+    assert run(["merge", "a", "b", "--memory", "4095", "--dry-run"]) == 2
+    assert "alone takes 4.1 kB" in capsys.readouterr().err
+    assert run(["merge", "a", "b", "--memory", "5000", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_memory_bytes"] == 5000

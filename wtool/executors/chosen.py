@@ -32,6 +32,7 @@ def run(
     out: Path,
     *,
     workers: int | None = None,
+    memory: int | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
     progress: Progress = lambda nbytes: None,
@@ -41,6 +42,7 @@ def run(
     executor: local, ray, or ray:HOST:PORT
     make: makes the plan anew on another machine; a partial of a function that a module has
     workers: threads, on a cluster of each task
+    memory: bytes that the steps in flight may hold together on this machine; None for no bound but the workers
 
     raises: WtoolError; what was done is kept and continued by the same call
     """
@@ -48,7 +50,17 @@ def run(
     if executor == "local":
         from wtool.executors import local
 
-        return local.run(plan, out, workers=workers, force=force, allow_nonfinite=allow_nonfinite, progress=progress)
+        return local.run(
+            plan,
+            out,
+            workers=workers,
+            memory=memory,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    if memory is not None:
+        raise UsageError(f"--memory is for --executor local; tasks on {executor} are placed by what their steps take")
     from wtool.executors import ray
     from wtool.executors.cluster import address_of
 

@@ -18,6 +18,7 @@ import torch
 
 from wtool import __version__
 from wtool.errors import RuntimeProblem, UsageError
+from wtool.executors.budget import Budget
 from wtool.finite import first_nonfinite
 from wtool.memory import keep_freed_memory
 from wtool.plan import Plan, Step, Told
@@ -71,6 +72,7 @@ def run(
     out: Path,
     *,
     workers: int | None = None,
+    memory: int | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
     walk: Walk | None = None,
@@ -80,6 +82,7 @@ def run(
     """Carry out a plan, or go on with one that was stopped.
 
     workers: threads; if None one more than there are processors, as one is likely to wait for the disk
+    memory: bytes that the steps in flight may hold together; None for no bound but the workers
     force: replace an output that is there, discard unfinished work of another recipe
     allow_nonfinite: write NaN and infinity instead of refusing them
     walk: writes the outputs of the steps that have no function, after all others
@@ -89,6 +92,8 @@ def run(
     """
     plan.check()
     check_place(plan, out)
+    budget = Budget(memory)
+    budget.check(plan.steps)
     fingerprint = plan.fingerprint()
     if out.exists() and not force and is_complete(out, fingerprint):
         return Outcome(out, already_there=True, resumed_bytes=0)
@@ -104,7 +109,7 @@ def run(
         if elsewhere is not None:
             elsewhere(writer)
         else:
-            run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress)
+            run_steps(plan, todo, writer, workers or _useful_workers(todo), allow_nonfinite, progress, budget)
         if walk is not None:
             walk(writer)
         manifest = _manifest(plan, writer, fingerprint)
@@ -129,8 +134,10 @@ def run_steps(
     workers: int,
     allow_nonfinite: bool,
     progress: Progress = lambda nbytes: None,
+    budget: Budget | None = None,
 ) -> None:
     """Carry out steps of a plan that have functions, on some threads."""
+    budget = budget or Budget(None)
     queue = iter(enumerate(steps))
     guard = threading.Lock()
     stop = threading.Event()
@@ -145,7 +152,8 @@ def run_steps(
                 for source, name in steps[number + workers].reads:
                     plan.sources[source].prefetch(name)
             try:
-                _run_step(plan, step, writer, allow_nonfinite)
+                with budget.room(step.nbytes_in_flight):
+                    _run_step(plan, step, writer, allow_nonfinite)
             except BaseException:
                 stop.set()
                 raise
