@@ -2,13 +2,15 @@
 
 With task vectors d_i = theta_i - theta_0 and the merge theta: the share of weights that one model moved up and another
 down (the conflicts that TIES elects signs for, Yadav et al., 2023, https://arxiv.org/abs/2306.01708, section 3), the
-cosine between task vectors, and ||theta - theta_0|| / ||theta_0||. They are of a sample: of 2048 x 2048 weights of two
-models they take half a millisecond, where task arithmetic takes 27 and TIES 117.
+cosine between task vectors, how far models and merge are from the base (||d_i|| / ||theta_0||), and the share of the
+weights that were moved which the merge left alone: what a method trimmed, elected away, or lost to rounding. They are
+of a sample: of 2048 x 2048 weights of two models they take about a millisecond, where task arithmetic takes 27 and
+TIES 117.
 """
 
 from collections.abc import Sequence
 from itertools import combinations
-from math import isfinite
+from math import isfinite, sqrt
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ def figures(base: Tensor, models: Sequence[Tensor], merged: Tensor) -> dict[str,
     """What the report tells of a matrix; nothing of vectors and small matrices.
 
     base, models, merged: of one shape
-    returns: conflict, a share in [0, 1]; cosine, the mean over pairs of models, in [-1, 1]; change, relative, >= 0;
-        what cannot be told (of a single model, of zeros) is left out
+    returns: conflict, a share in [0, 1]; cosine, the mean over pairs of models, in [-1, 1]; moved, relative, >= 0, the
+        root of the mean square over models; change, the same of the merge; untouched, a share in [0, 1] of the weights
+        that some model moved; what cannot be told (of a single model, of zeros) is left out
     """
     if base.dim() < 2 or base.numel() < LEAST:
         return {}
@@ -38,7 +41,10 @@ def figures(base: Tensor, models: Sequence[Tensor], merged: Tensor) -> dict[str,
     if cosines:
         told["cosine"] = sum(cosines) / len(cosines)
     if size := _norm(origin):
+        told["moved"] = _norm(np.stack(moved)) / sqrt(len(moved)) / size
         told["change"] = _norm(result - origin) / size
+    if (anywhere := np.any([each != 0 for each in moved], axis=0)).any():
+        told["untouched"] = float(np.mean(result[anywhere] == origin[anywhere]))
     return {key: round(value, 6) for key, value in told.items() if isfinite(value)}
 
 

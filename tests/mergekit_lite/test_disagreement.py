@@ -19,6 +19,8 @@ def matrices(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tup
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_are_what_is_defined(dtype: torch.dtype) -> None:
     base, models, merged = matrices(64, 64, dtype)
+    merged[:20] = base[:20]
+    models = [torch.cat([base[:10], model[10:]]) for model in models]
     moved = [(model.double() - base.double()).reshape(-1).tolist() for model in models]
     conflicts = sum(any(x > 0 for x in at) and any(x < 0 for x in at) for at in zip(*moved, strict=True))
     cosines = []
@@ -27,14 +29,26 @@ def test_they_are_what_is_defined(dtype: torch.dtype) -> None:
             dot = sum(x * y for x, y in zip(moved[i], moved[j], strict=True))
             cosines.append(dot / math.sqrt(sum(x * x for x in moved[i]) * sum(y * y for y in moved[j])))
     change = float((merged.double() - base.double()).norm() / base.double().norm())
-    expected = {"conflict": conflicts / 4096, "cosine": sum(cosines) / 3, "change": change}
+    size = math.sqrt(sum(x * x for x in base.double().reshape(-1).tolist()))
+    squares = [sum(x * x for x in vector) for vector in moved]
+    before, after = base.reshape(-1).tolist(), merged.reshape(-1).tolist()
+    touched = [after[i] != before[i] for i in range(4096) if any(vector[i] for vector in moved)]
+    expected = {
+        "conflict": conflicts / 4096,
+        "cosine": sum(cosines) / 3,
+        "moved": math.sqrt(sum(squares) / 3) / size,
+        "change": change,
+        "untouched": 1 - sum(touched) / len(touched),
+    }
     assert figures(base, models, merged) == pytest.approx(expected, abs=1e-6)
 
 
 def test_opposite_and_equal_models() -> None:
     base, (model, *_), _ = matrices(64, 64)
     opposite = 2 * base - model
-    assert figures(base, [model, opposite], base) == pytest.approx({"conflict": 1, "cosine": -1, "change": 0}, abs=1e-3)
+    told = figures(base, [model, opposite], base)
+    assert told.pop("moved") == pytest.approx(float((model - base).norm() / base.norm()), rel=1e-3)
+    assert told == pytest.approx({"conflict": 1, "cosine": -1, "change": 0, "untouched": 1}, abs=1e-3)
     assert figures(base, [model, model], model)["conflict"] == 0
 
 
@@ -59,7 +73,7 @@ def test_a_sample_spans_the_matrix(count: int) -> None:
 def test_what_cannot_be_told_is_left_out() -> None:
     zeros, ones = torch.zeros(64, 64), torch.ones(64, 64)
     assert figures(zeros, [zeros, zeros], zeros) == {"conflict": 0.0}
-    assert figures(ones, [zeros], zeros) == {"change": 1.0}
+    assert figures(ones, [zeros], zeros) == {"moved": 1.0, "change": 1.0, "untouched": 0.0}
     assert figures(ones[:1, : LEAST - 1], [ones[:1, : LEAST - 1]], ones[:1, : LEAST - 1]) == {}
     assert figures(torch.ones(LEAST), [torch.ones(LEAST)], torch.ones(LEAST)) == {}
-    assert figures(ones, [ones * math.inf, ones], ones * math.nan) == {"conflict": 0.0}
+    assert figures(ones, [ones * math.inf, ones], ones * math.nan) == {"conflict": 0.0, "untouched": 0.0}

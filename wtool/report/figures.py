@@ -27,7 +27,9 @@ class Linear:
     tokens: int | None = None
     bits: int | None = None
     group_size: int | None = None
+    moved: float | None = None  # merges: ||model - base|| / ||base||, the root of the mean square over the models
     change: float | None = None  # merges: ||merged - base|| / ||base||
+    untouched: float | None = None  # merges: of the weights that a model moved the share left at the base, in [0, 1]
     conflict: float | None = None  # merges: share of the weights on whose sign the task vectors disagree, in [0, 1]
     cosine: float | None = None  # merges: the mean over the pairs of task vectors, in [-1, 1]
 
@@ -110,7 +112,9 @@ def _linear(module: str, entry: Mapping[str, Any]) -> Linear:
         tokens=_whole(entry.get("tokens")),
         bits=_whole(entry.get("bits")),
         group_size=_whole(entry.get("group_size")),
+        moved=_number(entry.get("moved")),
         change=_number(entry.get("change")),
+        untouched=_number(entry.get("untouched")),
         conflict=_number(entry.get("conflict")),
         cosine=_number(entry.get("cosine")),
     )

@@ -47,7 +47,17 @@ def worst_table(found: Sequence[Linear]) -> str:
         return ""
     first = sorted(known, key=lambda each: (-measure.badness(each), each.module))[:WORST]
     title = "The worst layer" if len(first) == 1 else f"The {len(first)} worst layers"
-    columns = ("output error", "by rounding", "only cut", "weight error", "conflict", "cosine", "change")
+    columns = (
+        "output error",
+        "by rounding",
+        "only cut",
+        "weight error",
+        "conflict",
+        "cosine",
+        "moved",
+        "change",
+        "untouched",
+    )
     return f"<section><h2>{title}</h2>{_table(first, columns)}</section>"
 
 
@@ -106,7 +116,9 @@ def _cells(each: Linear) -> dict[str, str | None]:
         "weight error": _figure(each.weight_error),
         "conflict": _figure(each.conflict),
         "cosine": _figure(each.cosine),
+        "moved": _figure(each.moved),
         "change": _figure(each.change),
+        "untouched": None if each.untouched is None else f"{each.untouched:.1%}",
         "zeros": None if each.sparsity is None else f"{each.sparsity:.1%}",
         "rank": None if each.rank is None else f"{each.rank:,}",
         "bits": None if each.bits is None else str(each.bits),

@@ -64,6 +64,19 @@ COSINE = Measure(
     logarithmic=False,
     low_is_bad=True,
 )
+MOVED = Measure(
+    "moved",
+    "How far the models moved",
+    "How far the models' weights are from the base, relative to its size (root of the mean square over the models).",
+    lambda each: each.moved,
+)
+UNTOUCHED = Measure(
+    "untouched",
+    "What the merge left alone",
+    "Of the weights that some model moved, the share that is as in the base: trimmed, outvoted or rounded away.",
+    lambda each: each.untouched,
+    logarithmic=False,
+)
 CHANGE = Measure(
     "change",
     "How far from the base",
@@ -76,7 +89,7 @@ def shown(found: Sequence[Linear]) -> list[Measure]:
     """The measures that these linears have, the ones that say nothing left out."""
     has_outputs = middle([each.output_error for each in found]) is not None
     first = OUTPUT if has_outputs else WEIGHT
-    asked = [first, *((SPARSITY,) if _differs(SPARSITY, found) else ()), CONFLICT, COSINE, CHANGE]
+    asked = [first, *((SPARSITY,) if _differs(SPARSITY, found) else ()), CONFLICT, COSINE, MOVED, CHANGE, UNTOUCHED]
     return [measure for measure in asked if any(measure.of(each) is not None for each in found)]
 
 
