@@ -68,17 +68,17 @@ def _spelled(job: Job, given: Mapping[str, Any]) -> list[str]:
     first = next(parameter for parameter in parameters.values() if parameter.param_type_name == "argument")
     parameters[VERBS[job.verb].subject] = first
     parts: list[str] = []
-    behind: list[str] = []
+    behind: dict[str, list[str]] = {}  # arguments without a name, which are told by their place
     for name, value in given.items():
         key = name.replace("-", "_")
         if key not in parameters:
             raise UsageError(f"stage '{job.stage}': wtool {job.verb} has no '{name}'{did_you_mean(key, parameters)}")
         values = value if isinstance(value, list) else [value]
         if parameters[key].param_type_name == "argument":
-            behind += map(str, values)
+            behind[parameters[key].name] = [*map(str, values)]
         else:
             parts += [part for each in values for part in _option(parameters[key], each)]
-    return [*parts, *behind]
+    return [*parts, *(text for parameter in parameters.values() for text in behind.pop(parameter.name, []))]
 
 
 def _key(parameter: Any) -> str:

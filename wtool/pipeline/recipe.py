@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     "diff": Verb("figures", "a"),
     "inspect": Verb("figures", "checkpoint"),
     "report": Verb("page", "out"),
+    "push": Verb("figures", "folder"),
 }
 NAME = re.compile(r"[a-z_][a-z0-9_]*")
 OF_STAGES: dict[str, dict[str, Any]] = {

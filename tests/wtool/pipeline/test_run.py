@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub_server import HubServer
 from killing import contents
 
 from wtool.cli import run
@@ -192,3 +193,27 @@ def test_jobs_are_run_on_a_cluster(here: Path, tmp_path_factory: pytest.TempPath
     for made in ("merged", "small/bits=4", "small/bits=3"):
         weights = [(here / out / made / "model.safetensors").read_bytes() for out in ("here", "there")]
         assert weights[0] == weights[1]
+
+
+def test_what_was_made_is_pushed_once(
+    here: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    hub.writers["me"] = {"mine"}
+    pipeline = written(
+        {
+            "matrix": {"bits": [4, 8]},
+            "stages": {
+                "small": {"quantize": {"model": "./docs", "method": "rtn", "bits": "$bits", "group_size": 32}},
+                # the repository first: arguments without a name are told by their place, not by the file's order
+                "shared": {"push": {"repository": "me/docs-${bits}bit", "folder": "$small"}},
+            },
+        }
+    )
+    assert run(["run", pipeline, "-o", "out", "--json"]) == 0
+    rows = told(capsys)["results"]
+    assert [row["status"] for row in rows if row["stage"] == "shared"] == ["done", "done"]
+    for bits in (4, 8):
+        assert run(["inspect", f"me/docs-{bits}bit", "--json"]) == 0
+        assert told(capsys)["tensors"]
+    assert jobs_to_run(pipeline, capsys) == []
