@@ -15,6 +15,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from wtool.console import working_on
 from wtool.network import Block, Linear, Network, Read, Regions
 from wtool.ranks import ALONE, Ranks
 
@@ -147,6 +148,11 @@ class Forward:
         if last:
             self.visitor.passed(self.block, number, states, output)
         return output
+
+    def visit(self, site: Site[Any]) -> None:
+        """Let the visitor change the linears of a site."""
+        working_on(site.linears[0].name)
+        self.change(self.visitor.site(site))
 
     def plain(self) -> None:
         """Run all batches and keep the outputs."""
@@ -290,7 +296,7 @@ def one_pass(forward: Forward, sites: Sites) -> None:
     gathered = gathered_inputs(forward, sites)
     seen = {linear for site in gathered.found for linear in site}
     for site in gathered.sites():
-        forward.change(forward.visitor.site(site))
+        forward.visit(site)
     _finish(forward, seen)
     forward.plain()
 
@@ -316,7 +322,7 @@ def sequential(forward: Forward, sites: Sites) -> None:
                     gathered.add(*flow.met())
                 met = next(iter(gathered.found))
                 for site in gathered.sites():
-                    forward.change(forward.visitor.site(site))
+                    forward.visit(site)
                 released.update(met)
             for flow in flows[1:]:
                 more = flow.advance()

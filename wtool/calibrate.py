@@ -32,6 +32,7 @@ from wtool.block_pass import Call, Forward, HiddenStates, Sites, observe, one_pa
 from wtool.block_pass import Site as Site
 from wtool.block_pass import Visitor as Visitor
 from wtool.checkpoint.base import Checkpoint
+from wtool.console import working_on
 from wtool.errors import InputError, UsageError
 from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.network import Network
@@ -97,6 +98,7 @@ def walk(
         for block in network.blocks:
             forward = Forward(network, block, [call[block.index] for call in calls], hidden, visitor, progress, ranks)
             read = visitor.written(block)
+            working_on(block.name)
             with network.filled(block, read):
                 if read is None and (another := visitor.prepare(forward, sites)):
                     network.fill(block, another)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LEVELS = ("debug", "info", "warning")
 log = logging.getLogger("wtool")
+WIDTH_OF_FIGURES = 110  # characters of a line of progress
+_displays: list[Callable[[str], None]] = []  # of this process, the one that is shown last
 json_told = 0  # objects that this process has printed for scripts
 
 
@@ -89,15 +91,29 @@ def progress(label: str, total: int, *, quiet: bool = False, unit: str = "bytes"
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    columns = _columns(unit, 24 if console.width > 90 else 10)
+    columns = _columns(unit, 24 if console.width > 90 else 10, console.width - WIDTH_OF_FIGURES)
     shown = Progress(*columns, console=console, speed_estimate_period=300)
     with shown:
-        task = shown.add_task(label, total=total)
-        yield lambda amount: shown.advance(task, amount)
+        task = shown.add_task(label, total=total, place="")
+        _displays.append(lambda place: shown.update(task, place=place))
+        try:
+            yield lambda amount: shown.advance(task, amount)
+        finally:
+            _displays.pop()
 
 
-def _columns(unit: str, bar: int) -> "list[ProgressColumn]":
-    """What a line of progress shows; bar: its width in characters."""
+def working_on(place: str) -> None:
+    """Tell the display, where one is shown, which layer or tensor it is that is worked on; any thread may."""
+    if _displays:
+        _displays[-1](place)
+
+
+def _columns(unit: str, bar: int, room: int) -> "list[ProgressColumn]":
+    """What a line of progress shows.
+
+    bar:  its width in characters
+    room: characters for what is worked on; it is left out where they are few
+    """
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -123,7 +139,9 @@ def _columns(unit: str, bar: int) -> "list[ProgressColumn]":
 
     amount = [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [MofNCompleteColumn(), Rate()]
     held = Memory(table_column=Column(no_wrap=True))
-    return [TextColumn("{task.description}"), BarColumn(bar), *amount, TimeRemainingColumn(), held]
+    place = Column(no_wrap=True, overflow="ellipsis", max_width=room)
+    at = [TextColumn("{task.fields[place]}", style="dim", markup=False, table_column=place)] if room >= 20 else []
+    return [TextColumn("{task.description}"), BarColumn(bar), *amount, TimeRemainingColumn(), held, *at]
 
 
 def memory() -> tuple[int, int] | None:

@@ -26,6 +26,21 @@ def test_a_terminal_shows_stage_amount_and_memory(monkeypatch, unit, told):
     assert "quantizing" in shown and told in shown and "B held, " in shown and "B own" in shown
 
 
+@pytest.mark.parametrize(("columns", "told"), [("160", True), ("110", False)])
+def test_the_layer_is_told_where_there_is_room(monkeypatch, columns, told):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    console.working_on("before anything is shown")
+    with console.progress("quantizing", 20) as advance:
+        console.working_on("model.layers.7.[mlp]")
+        advance(20)
+    console.working_on("after it")
+    shown = terminal.getvalue()
+    assert ("model.layers.7.[mlp]" in shown) == told
+    assert "anything" not in shown and "after" not in shown
+
+
 def test_nothing_is_shown_to_no_terminal_or_where_none_is_wanted(monkeypatch):
     for stream, quiet in ((io.StringIO(), False), (Terminal(), True)):
         monkeypatch.setattr(sys, "stderr", stream)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from wtool import __version__
+from wtool.console import working_on
 from wtool.errors import RuntimeProblem, UsageError
 from wtool.executors.budget import Budget
 from wtool.finite import first_nonfinite
@@ -170,6 +171,7 @@ def run_steps(
 
 def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> None:
     begin = time.perf_counter()
+    working_on(next(iter(step.outputs)))
     inputs = [plan.sources[source].read(name) for source, name in step.reads]
     assert step.function is not None
     result = step.function(*inputs)
