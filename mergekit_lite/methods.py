@@ -7,9 +7,19 @@ from typing import Any
 
 from wtool.errors import UsageError
 
+from .arcee_fusion import arcee_fusion
+from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .dare import dare_linear, dare_ties
+from .della import della, della_linear
+from .karcher import karcher
 from .linear import linear
+from .model_stock import model_stock
+from .multislerp import multislerp
+from .nearswap import nearswap
+from .nuslerp import nuslerp
 from .passthrough import passthrough
+from .ram import ram, ramplus_tl
+from .sce import sce
 from .slerp import slerp
 from .task_arithmetic import task_arithmetic
 from .ties import ties
@@ -57,11 +67,16 @@ SWITCH = {True: True, False: False}
 WEIGHT = Parameter(default=1.0)
 DENSITY = Parameter(default=1.0, low=0.0, high=1.0)
 LAMBDA = Parameter(default=1.0, argument="lambda_")
+VECTORS = Parameter(default=None, choices={"tensor": "tensor", "rows": "rows", "columns": "columns"})  # None: flags
 IGNORED = Parameter(default=False, choices=SWITCH, argument="")  # mergekit's, without effect on results
 DARE_RESCALE = Parameter(
     default="density",
     choices={True: "density", "density": "density", "l1": "l1", False: "none", "none": "none"},
 )
+L1_RESCALE = Parameter(default=False, choices={**SWITCH, "l1": True, "none": False})
+GAMMA = Parameter(default=0.01, low=0.0, high=1.0)
+SPREAD = Parameter(default=0.15, low=0.0, high=1.0)
+LEAST_CHANGE = Parameter(default=1e-5, low=0.0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +116,58 @@ METHODS: dict[str, Method] = {
         most=2,
         shared={"t": Parameter()},
     ),
+    "nuslerp": Method(
+        nuslerp,
+        "between two models or task vectors along the arc, with a weight each",
+        may_have_base=True,
+        least=2,
+        most=2,
+        per_model={"weight": WEIGHT},
+        shared={
+            "vectors": VECTORS,
+            "nuslerp_flatten": Parameter(default=True, choices=SWITCH),
+            "nuslerp_row_wise": Parameter(default=False, choices=SWITCH),
+        },
+    ),
+    "multislerp": Method(
+        multislerp,
+        "mean of directions and of lengths",
+        may_have_base=True,
+        per_model={"weight": WEIGHT},
+        shared={"normalize_weights": _normalize(True), "eps": Parameter(default=1e-8, low=0.0)},
+    ),
+    "karcher": Method(
+        karcher,
+        "mean on the sphere",
+        per_model={"weight": Parameter(default=1.0, low=0.0)},
+        shared={
+            "max_iter": Parameter(default=10, low=0, whole=True),
+            "tol": Parameter(default=1e-5, low=0.0),
+        },
+    ),
+    "model_stock": Method(
+        model_stock,
+        "towards the mean as far as the models' angle tells",
+        has_base=True,
+        least=2,
+        shared={
+            "filter_wise": Parameter(default=False, choices=SWITCH),
+            "clamp": Parameter(default=True, choices=SWITCH),
+        },
+    ),
+    "nearswap": Method(
+        nearswap,
+        "towards the other model by t at most",
+        has_base=True,
+        most=1,
+        shared={"t": Parameter(low=0.0)},
+    ),
+    "arcee_fusion": Method(
+        arcee_fusion,
+        "what changed much in rows that changed shape",
+        has_base=True,
+        most=1,
+    ),
     "task_arithmetic": Method(
         task_arithmetic,
         "base plus weighted task vectors",
@@ -135,6 +202,58 @@ METHODS: dict[str, Method] = {
         per_model={"weight": WEIGHT, "density": DENSITY},
         shared={"normalize": _normalize(False), "rescale": DARE_RESCALE, "lambda": LAMBDA, "int8_mask": IGNORED},
         is_random=True,
+    ),
+    "breadcrumbs": Method(
+        breadcrumbs,
+        "drop smallest and largest, sum",
+        has_base=True,
+        per_model={"weight": WEIGHT, "density": DENSITY, "gamma": GAMMA},
+        shared={"normalize": _normalize(False), "rescale": L1_RESCALE, "lambda": LAMBDA, "int8_mask": IGNORED},
+    ),
+    "breadcrumbs_ties": Method(
+        breadcrumbs_ties,
+        "drop smallest and largest, elect signs, sum",
+        has_base=True,
+        per_model={"weight": WEIGHT, "density": DENSITY, "gamma": GAMMA},
+        shared={"normalize": _normalize(False), "rescale": L1_RESCALE, "lambda": LAMBDA, "int8_mask": IGNORED},
+    ),
+    "della": Method(
+        della,
+        "drop at random by rank, rescale, elect signs, average",
+        has_base=True,
+        per_model={"weight": WEIGHT, "density": DENSITY, "epsilon": SPREAD},
+        shared={"normalize": _normalize(True), "rescale": DARE_RESCALE, "lambda": LAMBDA, "int8_mask": IGNORED},
+        is_random=True,
+    ),
+    "della_linear": Method(
+        della_linear,
+        "drop at random by rank, rescale, sum",
+        has_base=True,
+        per_model={"weight": WEIGHT, "density": DENSITY, "epsilon": SPREAD},
+        shared={"normalize": _normalize(False), "rescale": DARE_RESCALE, "lambda": LAMBDA, "int8_mask": IGNORED},
+        is_random=True,
+    ),
+    "sce": Method(
+        sce,
+        "where models differ most, weighed by how far they moved",
+        has_base=True,
+        shared={"select_topk": Parameter(default=1.0, low=0.0, high=1.0), "int8_mask": IGNORED},
+    ),
+    "ram": Method(
+        ram,
+        "add what is unique, average what is shared",
+        has_base=True,
+        shared={"epsilon": LEAST_CHANGE},
+    ),
+    "ramplus_tl": Method(
+        ramplus_tl,
+        "the same, with what is unique scaled up",
+        has_base=True,
+        shared={
+            "r": Parameter(default=0.1),
+            "alpha": Parameter(default=0.2, low=0.0),
+            "epsilon": LEAST_CHANGE,
+        },
     ),
     "passthrough": Method(
         passthrough,

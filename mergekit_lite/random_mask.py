@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 LEVELS = 1 << 16  # a density is honoured to the nearest multiple of 1 / LEVELS
@@ -24,6 +25,25 @@ def mask_key(seed: int, model: int, tensor: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{model}/{tensor}".encode(), digest_size=16).digest(), "little")
 
 
+class RandomBits:
+    """A key's stream: 16 random bits an element."""
+
+    def __init__(self, key: int):
+        self._stream = np.random.PCG64DXSM(key)
+        self._origin = self._stream.state
+        self._position = 0  # draws taken
+
+    def take(self, begin: int, count: int) -> NDArray[np.uint16]:
+        """The bits of `count` elements from the one of number `begin`."""
+        draw, aside = divmod(begin, _PER_DRAW)
+        if draw != self._position:
+            self._stream.state = self._origin
+            self._stream.advance(draw)
+        draws = -(-(aside + count) // _PER_DRAW)
+        self._position = draw + draws
+        return self._stream.random_raw(draws).view(np.uint16)[aside : aside + count]
+
+
 class RandomMask:
     """Keeps each element with probability `density`.
 
@@ -33,26 +53,14 @@ class RandomMask:
     def __init__(self, key: int, density: float):
         self._level = round(density * LEVELS)
         self.effective = self._level / LEVELS
-        self._stream = np.random.PCG64DXSM(key)
-        self._origin = self._stream.state
-        self._position = 0  # draws taken
+        self._bits = RandomBits(key)
 
     def fill(self, begin: int, out: Tensor) -> Tensor:
         """Write 1 where an element is kept and 0 where it is dropped.
 
-        begin: the number of the first element, a multiple of 4
+        begin: the number of the first element
         """
-        assert begin % _PER_DRAW == 0
         if self._level == LEVELS:
             return out.fill_(1.0)
-        draws = -(-out.numel() // _PER_DRAW)
-        self._seek(begin // _PER_DRAW)
-        numbers = self._stream.random_raw(draws).view(np.uint16)[: out.numel()]
-        self._position += draws
+        numbers = self._bits.take(begin, out.numel())
         return out.copy_(torch.from_numpy((numbers < self._level).view(np.uint8)))
-
-    def _seek(self, draw: int) -> None:
-        if draw != self._position:
-            self._stream.state = self._origin
-            self._stream.advance(draw)
-            self._position = draw

@@ -1,6 +1,7 @@
-"""Finding the k elements of a task vector with the largest magnitude, without sorting it and without holding it.
+"""Finding the k elements of the largest magnitude, without sorting and without holding the magnitudes.
 
-The threshold is the k-th largest magnitude. A sample of the elements tells a narrow bracket around it; one walk
+A magnitude is whatever a method ranks elements by (the size of a task vector, the variance over models), computed
+piece by piece. The threshold is the k-th largest. A sample of the elements tells a narrow bracket around it; one walk
 counts the elements above the bracket and gathers the few inside, among which the threshold is found exactly. Where
 the sample misled, a wider bracket is tried. Where that fails too (or too many elements are inside, as with many equal
 values), two walks with histograms over the halves of the float's bits find it exactly in constant memory.
@@ -8,9 +9,9 @@ values), two walks with histograms over the halves of the float's bits find it e
 Ties at the threshold are broken by position: earlier elements are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, inf, sqrt
+from math import ceil, floor, inf, nextafter, sqrt
 
 import numpy as np
 import torch
@@ -27,32 +28,107 @@ MAX_INSIDE = 0.2  # share of the elements that may lie inside the bracket
 
 @dataclass(frozen=True)
 class Cut:
-    """Which elements are kept: |d| > magnitude, and |d| == magnitude before element `ties_end`."""
+    """Which elements are kept: those above `magnitude`, and those equal to it before element `ties_end`."""
 
     magnitude: float
     ties_end: int
+
+    def mask(self, begin: int, magnitude: Tensor) -> Tensor:
+        """Turn a piece of the magnitudes, in place, into 1 where the element is kept and 0 where it is not."""
+        ties = self._ties(begin, magnitude)
+        magnitude[:ties].ge_(self.magnitude)
+        magnitude[ties:].gt_(self.magnitude)
+        return magnitude
+
+    def shrink(self, begin: int, part: Tensor) -> None:
+        """Set to 0, in place, what is not kept of a piece of the vector whose absolute values are the magnitudes."""
+        # hardshrink keeps |d| > threshold: just below the magnitude, it keeps the ties too
+        ties = self._ties(begin, part)
+        for piece, threshold in ((part[:ties], self._below(part.dtype)), (part[ties:], self.magnitude)):
+            if piece.numel():
+                torch.hardshrink(piece, threshold, out=piece)
+
+    def _ties(self, begin: int, part: Tensor) -> int:
+        return min(max(self.ties_end - begin, 0), part.numel())
+
+    def _below(self, dtype: torch.dtype) -> float:
+        if dtype == torch.float64:
+            return nextafter(self.magnitude, -inf)
+        return float(np.nextafter(np.float32(self.magnitude), np.float32(-inf)))
+
+
+Magnitude = Callable[[list[Tensor]], Tensor]
+"""The tensors' pieces in the working type, which it may overwrite -> what their elements are ranked by, 0 or more."""
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """What the elements of tensors of one shape are ranked by."""
+
+    of: Magnitude
+    tensors: Sequence[Tensor]
+
+    @property
+    def count(self) -> int:
+        return self.tensors[0].numel()
+
+    def pieces(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        """Yield (first element, magnitudes); the memory is used again."""
+        for begin, parts in chunks.pieces(self.tensors):
+            yield begin, self.of(parts).numpy()
+
+    def piece(self, begin: int) -> NDArray[np.floating]:
+        """The magnitudes of the piece that begins with an element."""
+        rows = slice(begin, min(begin + chunks.CHUNK, self.count))
+        ((_, magnitude),) = Magnitudes(self.of, [tensor.reshape(-1)[rows] for tensor in self.tensors]).pieces()
+        return magnitude
+
+    def sample(self) -> NDArray[np.floating]:
+        """Of runs of elements spread evenly over the tensors; of all where they are few."""
+        kind = chunks.working_type(self.tensors)
+        flat = [tensor.reshape(-1) for tensor in self.tensors]
+        runs = SAMPLE // SAMPLE_RUN
+        if self.count >= 4 * SAMPLE:
+            stride = self.count // runs - 1 | 1  # odd, so that the runs do not stand below each other in a matrix
+            flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN] for part in flat]
+        return self.of([part.to(kind, copy=True).reshape(-1) for part in flat]).numpy()
 
 
 def largest(base: Tensor, model: Tensor, *, keep: int) -> Cut:
     """Find the `keep` elements of largest |model - base|, computed in the working type.
 
-    keep: between 1 and the number of elements
+    keep: between 0 and the number of elements
     """
-    if keep >= model.numel():
-        return Cut(magnitude=-1.0, ties_end=model.numel())
-    sample = _sample(base, model)
+    return top(distances(base, model), keep=keep)
+
+
+def top(magnitudes: Magnitudes, *, keep: int) -> Cut:
+    """Find the `keep` elements of largest magnitude.
+
+    keep: between 0 and the number of elements
+    """
+    if keep >= magnitudes.count:
+        return Cut(magnitude=-1.0, ties_end=magnitudes.count)
+    if keep == 0:
+        return Cut(magnitude=inf, ties_end=0)
+    sample = magnitudes.sample()
     for margin in MARGINS:
-        if cut := _by_bracket(base, model, keep, *_bracket(sample, 1.0 - keep / model.numel(), margin)):
+        if cut := _by_bracket(magnitudes, keep, *_bracket(sample, 1.0 - keep / magnitudes.count, margin)):
             return cut
-    return _by_histogram(base, model, keep)
+    return _by_histogram(magnitudes, keep)
 
 
-def _by_bracket(base: Tensor, model: Tensor, keep: int, low: float, high: float) -> Cut | None:
+def distances(base: Tensor, model: Tensor) -> Magnitudes:
+    """|model - base|, computed in the working type."""
+    return Magnitudes(lambda parts: parts[1].sub_(parts[0]).abs_(), (base, model))
+
+
+def _by_bracket(magnitudes: Magnitudes, keep: int, low: float, high: float) -> Cut | None:
     """Find the threshold if it lies between two magnitudes that few elements lie between; else None."""
     above, gathered, inside = 0, 0, []
-    most_inside = max(MAX_INSIDE * model.numel(), chunks.CHUNK)
+    most_inside = max(MAX_INSIDE * magnitudes.count, chunks.CHUNK)
     is_above, is_inside = np.empty(chunks.CHUNK, dtype=bool), np.empty(chunks.CHUNK, dtype=bool)
-    for _, magnitude in _magnitudes(base, model):
+    for _, magnitude in magnitudes.pieces():
         over = np.greater(magnitude, high, out=is_above[: magnitude.size])
         within = np.greater_equal(magnitude, low, out=is_inside[: magnitude.size])
         above += int(np.count_nonzero(over))
@@ -66,25 +142,7 @@ def _by_bracket(base: Tensor, model: Tensor, keep: int, low: float, high: float)
     pool = np.concatenate(inside)
     threshold = float(np.partition(pool, gathered - rank)[gathered - rank])
     wanted = rank - int(np.count_nonzero(pool > threshold))  # ties to keep
-    return Cut(threshold, _ties_end(base, model, threshold, wanted, [int((p == threshold).sum()) for p in inside]))
-
-
-def _magnitudes(base: Tensor, model: Tensor) -> Iterator[tuple[int, NDArray[np.floating]]]:
-    """Yield (first element, |model - base|) piece by piece; the memory is used again."""
-    for begin, (b, m) in chunks.pieces([base, model]):
-        yield begin, m.sub_(b).abs_().numpy()
-
-
-def _sample(base: Tensor, model: Tensor) -> NDArray[np.floating]:
-    """Magnitudes of runs of elements spread evenly over the task vector; of all where they are few."""
-    kind = chunks.working_type([base, model])
-    flat = base.reshape(-1), model.reshape(-1)
-    runs = SAMPLE // SAMPLE_RUN
-    if model.numel() >= 4 * SAMPLE:
-        stride = model.numel() // runs - 1 | 1  # odd, so that the runs do not stand below each other in a matrix
-        flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN] for part in flat]
-    b, m = (part.to(kind) for part in flat)
-    return (m - b).abs_().reshape(-1).numpy()
+    return Cut(threshold, _ties_end(magnitudes, threshold, wanted, [int((p == threshold).sum()) for p in inside]))
 
 
 def _bracket(sample: NDArray[np.floating], share: float, margin: float) -> tuple[float, float]:
@@ -102,14 +160,14 @@ def _bracket(sample: NDArray[np.floating], share: float, margin: float) -> tuple
     )
 
 
-def _by_histogram(base: Tensor, model: Tensor, keep: int) -> Cut:
+def _by_histogram(magnitudes: Magnitudes, keep: int) -> Cut:
     """Find the threshold digit by digit in the bits of the magnitudes, which sort as their values do."""
     prefix, left, shift = 0, keep, 0
-    bits = torch.finfo(chunks.working_type([base, model])).bits
+    bits = torch.finfo(chunks.working_type(magnitudes.tensors)).bits
     integer = np.uint32 if bits == 32 else np.uint64
     for shift in range(bits - 16, -1, -16):
         counts = np.zeros(1 << 16, dtype=np.int64)
-        for _, magnitude in _magnitudes(base, model):
+        for _, magnitude in magnitudes.pieces():
             digits: NDArray[np.unsignedinteger] = magnitude.view(integer) >> integer(shift)
             digits = digits[(digits >> integer(16)) == integer(prefix)] & integer(0xFFFF)
             counts += np.bincount(digits.astype(np.int64), minlength=1 << 16)
@@ -118,21 +176,18 @@ def _by_histogram(base: Tensor, model: Tensor, keep: int) -> Cut:
         left -= int(from_top[steps - 1]) if steps else 0
         prefix = prefix << 16 | (0xFFFF - steps)
     threshold = float(np.array([prefix], dtype=integer).view(np.float32 if bits == 32 else np.float64)[0])
-    ties = [int(np.count_nonzero(magnitude == threshold)) for _, magnitude in _magnitudes(base, model)]
-    return Cut(threshold, _ties_end(base, model, threshold, left, ties))
+    ties = [int(np.count_nonzero(magnitude == threshold)) for _, magnitude in magnitudes.pieces()]
+    return Cut(threshold, _ties_end(magnitudes, threshold, left, ties))
 
 
-def _ties_end(base: Tensor, model: Tensor, threshold: float, wanted: int, ties: list[int]) -> int:
+def _ties_end(magnitudes: Magnitudes, threshold: float, wanted: int, ties: list[int]) -> int:
     """The element before which exactly `wanted` magnitudes equal the threshold.
 
     ties: how many there are in each piece
     """
-    n = model.numel()
     if wanted == sum(ties):
-        return n
+        return magnitudes.count
     number = int(np.searchsorted(np.cumsum(ties), wanted))
     begin = number * chunks.CHUNK
-    rows = slice(begin, min(begin + chunks.CHUNK, n))
-    (_, magnitude), *_ = _magnitudes(base.reshape(-1)[rows], model.reshape(-1)[rows])
     within = wanted - sum(ties[:number])
-    return begin + int(np.flatnonzero(magnitude == threshold)[within - 1]) + 1
+    return begin + int(np.flatnonzero(magnitudes.piece(begin) == threshold)[within - 1]) + 1

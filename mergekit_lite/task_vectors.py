@@ -105,6 +105,12 @@ def _merge_elected(
 
 def length_ratio(base: Tensor, model: Tensor, thin: Thin) -> float:
     """How much the l1 norm of a task vector shrinks by thinning: |d| / |S(d)|; 1 where either is 0."""
+    before, after = lengths(base, model, thin)
+    return before / after if before and after else 1.0
+
+
+def lengths(base: Tensor, model: Tensor, thin: Thin) -> tuple[float, float]:
+    """The l1 norm of a task vector, and of what thinning leaves of it."""
     before = after = 0.0
     spare = torch.empty(chunks.CHUNK, dtype=chunks.working_type([base, model]))
     ones = torch.ones_like(spare)
@@ -114,7 +120,7 @@ def length_ratio(base: Tensor, model: Tensor, thin: Thin) -> float:
         before += torch.abs(part, out=spare[:size]).dot(ones[:size]).item()
         thin(begin, part, spare[:size])
         after += part.abs_().dot(ones[:size]).item()
-    return before / after if before and after else 1.0
+    return before, after
 
 
 def rescaled(thin: Thin, ratio: float) -> Thin:

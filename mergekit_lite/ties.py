@@ -7,9 +7,7 @@ whole model.
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import inf, nextafter
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,25 +52,12 @@ def _trim(base: Tensor, model: Tensor, density: float, rescale: bool) -> Thin | 
     if not keep:
         return _drop_all
     cut = selection.largest(base, model, keep=keep)
-    trim = _keep_largest(cut)
+
+    def trim(begin: int, part: Tensor, spare: Tensor) -> None:
+        cut.shrink(begin, part)
+
     return rescaled(trim, length_ratio(base, model, trim)) if rescale else trim
 
 
 def _drop_all(begin: int, part: Tensor, spare: Tensor) -> None:
     part.zero_()
-
-
-def _keep_largest(cut: selection.Cut) -> Thin:
-    def trim(begin: int, part: Tensor, spare: Tensor) -> None:
-        # hardshrink keeps |d| > threshold: just below the magnitude, it keeps the ties too
-        with_ties = min(max(cut.ties_end - begin, 0), part.numel())
-        for piece, threshold in ((part[:with_ties], below(part.dtype)), (part[with_ties:], cut.magnitude)):
-            if piece.numel():
-                torch.hardshrink(piece, threshold, out=piece)
-
-    def below(dtype: torch.dtype) -> float:
-        if dtype == torch.float64:
-            return nextafter(cut.magnitude, -inf)
-        return float(np.nextafter(np.float32(cut.magnitude), np.float32(-inf)))
-
-    return trim

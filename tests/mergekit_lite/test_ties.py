@@ -79,12 +79,13 @@ def test_exactly_k_are_kept_and_of_equal_ones_the_earlier(vector, share, chunk):
     keep = kept(round(share, 2), len(vector))
     old, chunks.CHUNK = chunks.CHUNK, chunk
     try:
-        for find in (selection.largest, selection._by_histogram):
-            cut = find(torch.zeros_like(model), model, keep=keep)
+        magnitudes = selection.distances(torch.zeros_like(model), model)
+        for find in (selection.top, lambda found, keep: selection._by_histogram(found, keep)):
+            cut = find(magnitudes, keep=keep)
             index = torch.arange(len(vector))
             chosen = (model.abs() > cut.magnitude) | ((model.abs() == cut.magnitude) & (index < cut.ties_end))
             expected = sorted(range(len(vector)), key=lambda i: (-abs(vector[i]), i))[:keep]
-            if keep < len(vector) or find is selection.largest:
+            if keep < len(vector) or find is selection.top:
                 assert sorted(expected) == index[chosen].tolist()
     finally:
         chunks.CHUNK = old
