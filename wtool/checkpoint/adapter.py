@@ -76,8 +76,8 @@ class Adapted(Checkpoint):
         self.files = LazyFiles(lambda: _merged_files(base.files, folder))
         self._base = base
         self._folder = folder
-        self._settings = _read_settings(folder / SETTINGS)
-        self._file = _open_weights(folder)
+        self._settings = read_settings(folder / SETTINGS)
+        self._file = open_weights(folder)
         self._embedding = embedding_name(base.tensors)
         self._tied = is_tied(base.config) and self._embedding is not None
         self._updates: dict[str, Update] = {}
@@ -191,8 +191,8 @@ class Adapted(Checkpoint):
 
     def _rank_and_scale(self, module: str) -> tuple[int, float]:
         settings = self._settings
-        rank = _by_pattern(settings.get("rank_pattern"), module, settings["r"])
-        alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+        rank = by_pattern(settings.get("rank_pattern"), module, settings["r"])
+        alpha = by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
         return rank, alpha / (sqrt(rank) if settings.get("use_rslora") else rank)
 
     def _is_conv1d(self) -> bool:
@@ -270,7 +270,7 @@ class Adapted(Checkpoint):
         return [*self._base.folders(), self._folder.resolve()]
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """adapter_config.json, once it is clear that all it asks for is known here."""
     if not path.is_file():
         raise MissingInput(f"{path.parent}: not a LoRA adapter: there is no {SETTINGS}")
@@ -294,7 +294,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _open_weights(folder: Path) -> TensorFile:
+def open_weights(folder: Path) -> TensorFile:
     if (folder / "adapter_model.safetensors").is_file():
         return SafetensorsFile(folder / "adapter_model.safetensors")
     if (folder / "adapter_model.bin").is_file():
@@ -304,7 +304,7 @@ def _open_weights(folder: Path) -> TensorFile:
     raise MissingInput(f"{folder}: holds {SETTINGS}, but neither adapter_model.safetensors nor adapter_model.bin")
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that a module's path ends with (PEFT's rule), else the default."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
