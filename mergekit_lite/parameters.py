@@ -12,10 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from wtool.errors import UsageError
 
 from .methods import Parameter
-from .recipe import Filtered, Setting
+from .places import Filtered, Setting
 
 LAYER = re.compile(r"^(.*?\.|)(\d+)\.")  # the first number among a name's parts is the layer's
-AFTER_LAYERS = re.compile(r"(^|[._])(norm|ln_f|final\w*|lm_head|embed_out|output|score|classifier)([._]|$)")
+BEFORE_LAYERS = re.compile(r"embed(?!_out)|(^|[._])pre_|wte|wpe|patch|\.conv\d")
+AFTER_LAYERS = re.compile(
+    r"(^|[._])(norm|layer_?norm|ln_f|ln_post|final\w*|lm_head|embed_out|proj_out|output|score|classifier|cls|pooler|head)"
+    r"([._]|$)"
+)
 
 
 class Depths:
@@ -31,7 +35,12 @@ class Depths:
     def of(self, name: str) -> float:
         if match := LAYER.match(name):
             return int(match[2]) / max(self._last[match[1]], 1)
-        return 1.0 if AFTER_LAYERS.search(name) else 0.0
+        return 1.0 if is_after_layers(name) else 0.0
+
+
+def is_after_layers(name: str) -> bool:
+    """Whether a tensor outside of the layers comes after the last of them."""
+    return AFTER_LAYERS.search(name) is not None and BEFORE_LAYERS.search(name) is None
 
 
 def value_at(setting: Setting, name: str, depth: float) -> bool | float | str | None:

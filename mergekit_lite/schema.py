@@ -7,25 +7,32 @@ if TYPE_CHECKING:
     from .methods import Parameter
 
 
+def with_parameters(schema: dict[str, Any]) -> None:
+    """Let a recipe's schema tell what it must have, and the parameters of each method."""
+    from .methods import METHODS
+
+    schema["oneOf"] = [{"required": [kind]} for kind in ("models", "slices", "modules")]
+    schema["allOf"] = [of_method(name, method.per_model, method.shared) for name, method in METHODS.items()]
+
+
 def of_method(name: str, per_model: "Mapping[str, Parameter]", shared: "Mapping[str, Parameter]") -> dict[str, Any]:
     """The condition that a recipe of one method fulfils: which parameters it takes, where, and in what range."""
-    own = _object(per_model, needed=False)
-    entry = {"properties": {"parameters": own}}
-    parameters = _object({**shared, **per_model}, needed=True)
-    then: dict[str, Any] = {"properties": {"parameters": parameters, "models": {"items": entry}}}
-    if parameters.get("required"):
-        then["required"] = ["parameters"]
+    entries = {"items": {"properties": {"parameters": _object(per_model)}}}
+    every = _object({**shared, **per_model})
+    slices = {"items": {"properties": {"parameters": every, "sources": entries}}}
+    module = {"properties": {"parameters": every, "models": entries, "slices": slices}}
+    places = {"parameters": every, "models": entries, "slices": slices, "modules": {"additionalProperties": module}}
+    then: dict[str, Any] = {"properties": places}
+    required = [key for key, parameter in shared.items() if parameter.is_required]
+    if required:
+        given = {"properties": {"parameters": {"required": required}}, "required": ["parameters"]}
+        then["anyOf"] = [given, {"required": ["slices"]}, {"required": ["modules"]}]
     return {"if": {"properties": {"merge_method": {"const": name}}, "required": ["merge_method"]}, "then": then}
 
 
-def _object(parameters: "Mapping[str, Parameter]", *, needed: bool) -> dict[str, Any]:
-    required = [name for name, parameter in parameters.items() if parameter.is_required]
-    return {
-        "type": "object",
-        "properties": {name: _setting(parameter) for name, parameter in parameters.items()},
-        "additionalProperties": False,
-        **({"required": required} if needed and required else {}),
-    }
+def _object(parameters: "Mapping[str, Parameter]") -> dict[str, Any]:
+    properties = {name: _setting(parameter) for name, parameter in parameters.items()}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _setting(parameter: "Parameter") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Runs mergekit's methods on tensors in a file: `python peers_mergekit.py CASES.json TENSORS OUT`, in an environment
-that has mergekit 0.1.5. A black box beside ours: nothing of it is imported elsewhere. A case that may fail, and does, is
-left out."""
+that has mergekit 0.1.5. A black box beside ours: nothing of it is imported elsewhere. A case that may fail, and does,
+is left out."""
 
 import json
 import sys

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from mergekit_lite.methods import METHODS
+from mergekit_lite.recipe import ON_INPUTS
 from wtool.cli import run
 
 
@@ -274,3 +276,9 @@ def test_a_bound_on_memory_changes_no_byte(models, tmp_path, capsys):
     assert "alone takes 4.1 kB" in capsys.readouterr().err
     assert run(["merge", "a", "b", "--memory", "5000", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["peak_memory_bytes"] == 5000
+
+
+def test_the_help_names_every_method(capsys):
+    assert run(["merge", "--help"]) == 0
+    told = set(capsys.readouterr().out.replace(",", " ").split())
+    assert {*METHODS, *ON_INPUTS} <= told

@@ -2,7 +2,7 @@ import pytest
 
 from mergekit_lite.methods import DENSITY, Parameter
 from mergekit_lite.parameters import Depths, resolve, value_at
-from mergekit_lite.recipe import Filtered
+from mergekit_lite.places import Filtered
 from wtool.errors import UsageError
 
 LAYERS = Depths([f"model.layers.{i}.mlp.experts.7.w1" for i in range(5)] + ["vision.blocks.1.x", "vision.blocks.0.x"])
@@ -19,6 +19,17 @@ LAYERS = Depths([f"model.layers.{i}.mlp.experts.7.w1" for i in range(5)] + ["vis
         ("model.norm.weight", 1.0),
         ("transformer.ln_f.bias", 1.0),
         ("lm_head.weight", 1.0),
+        ("embed_out.weight", 1.0),
+        ("backbone.norm_f.weight", 1.0),
+        ("model.decoder.layer_norm.bias", 1.0),
+        ("vision_tower.post_layernorm.weight", 1.0),
+        ("vision_tower.pre_layrnorm.weight", 0.0),
+        ("bert.embeddings.LayerNorm.weight", 0.0),
+        ("bert.pooler.dense.weight", 1.0),
+        ("cls.predictions.bias", 1.0),
+        ("model.decoder.layernorm_embedding.weight", 0.0),
+        ("shared.weight", 0.0),
+        ("multi_modal_projector.linear_1.weight", 0.0),
     ],
 )
 def test_where_a_tensor_stands(name, depth):
