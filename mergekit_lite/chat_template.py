@@ -6,7 +6,7 @@ llama3   https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-3
 alpaca   https://github.com/tatsu-lab/stanford_alpaca (the instruction without input; a system message takes the place
          of the sentence in front; a turn ends with the end-of-text token, as in its training)
 mistral  https://docs.mistral.ai/guides/tokenization (version 1; the system message stands before the first user's)
-exaone   https://huggingface.co/LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct
+exaone   the model card of LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct
 """
 
 import json

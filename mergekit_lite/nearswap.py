@@ -1,6 +1,6 @@
 """NearSwap: take the other model where it is near the base, and go no further than t elsewhere.
 
-Introduced with the merge QuartetAnemoi-70B, 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001;
+Introduced with the merge QuartetAnemoi-70B, 2024, model card alchemonaut/QuartetAnemoi-70B-t0.0001;
 there with a share of t / |theta_1 - theta_0| of the way, one at most, which is the same as
 
     out = theta_1, held between theta_0 - t and theta_0 + t
