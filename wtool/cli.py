@@ -19,7 +19,7 @@ INTERRUPTED = 130  # the exit code that typer gives to Ctrl-C
 
 # verb -> where its command is, and what it does
 VERBS: dict[str, tuple[str, str]] = {
-    "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE"),
+    "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE and more"),
     "merge-lora": ("mergekit_lite.lora_cli:merge_app", "combine LoRA adapters without their base: sum, SVD, KnOTS"),
     "extract-lora": ("mergekit_lite.lora_cli:extract_app", "the difference of two checkpoints as a LoRA adapter"),
     "quantize": ("quant.cli:app", "quantize a checkpoint: GPTQ, AWQ or rounding, for transformers, vLLM, llama.cpp"),
