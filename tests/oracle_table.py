@@ -36,7 +36,6 @@ ASKED: dict[str, dict[str, Any]] = {  # what has no default
     "passthrough": {"scale": 0.7},
     "sce": {"select_topk": 0.5},
 }
-STEP = 2.0**-8  # of bfloat16, relative: half of the distance to the next number, at most
 
 Numbers = dict[str, Any]
 Tensors = list[Tensor]  # the base, and the models
@@ -184,11 +183,10 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).abs().max()) / size
 
 
-def steps(one: Tensor, exact: Tensor) -> str:
-    """How many numbers are not the exact one rounded once, and how far off the farthest is, in bfloat16's steps."""
-    wrong = float((one != exact.to(one.dtype)).double().mean())
-    scale = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(1e-30)))) * STEP * 2
-    return f"{wrong:.2%}, {float(((one.double() - exact).abs() / scale).max()):.2f}"
+def rounded(one: Tensor, exact: Tensor) -> str:
+    """How many numbers are not the exact one rounded once, and the largest deviation from that."""
+    once = exact.to(one.dtype)
+    return f"{float((one != once).double().mean()):.2%}, {figure(apart(one, once))}"
 
 
 def figure(value: float) -> str:
@@ -236,8 +234,8 @@ def row(name: str, found: dict[str, Result]) -> str:
         f"`{name}`",
         figure(apart(random.ours, random.defined)),
         "its masks are its own" if random.theirs is None else figure(apart(random.ours, random.theirs)),
-        steps(real.ours, real.defined),
-        "–" if real.theirs is None else steps(real.theirs, real.defined),
+        rounded(real.ours, real.defined),
+        "–" if real.theirs is None else rounded(real.theirs, real.defined),
         figure(worst),
         "–" if random.theirs is None else ", ".join(unlike) or "none",
     ]
@@ -255,8 +253,8 @@ by mergekit 0.1.5. Made by `tests/oracle_table.py` with torch {torch.__version__
 
 - **float32**: random matrices of 97 × 61, weights .3, .5, .9, densities .5, .25, .75 where there are any. Largest
   deviation, relative to the largest number.
-- **bfloat16**: a matrix of SmolLM2-135M and of three fine-tunes (192 × 576). The share of numbers that are not the
-  exact result rounded once, and how far off the farthest is, in steps of bfloat16 (half a step is what rounding costs).
+- **bfloat16**: a matrix of SmolLM2-135M and of three LoRA fine-tunes (192 × 576). The share of numbers that are not
+  the exact result rounded once to bfloat16, and the largest deviation from that, relative to the largest number.
 - **Limits**: one element, no axis, one column, one row, models equal to the base, zeros, a zero base, opposite models,
   in float32. wtool's largest deviation from the definition, and where mergekit's result is another one.
 
@@ -265,9 +263,10 @@ by mergekit 0.1.5. Made by `tests/oracle_table.py` with torch {torch.__version__
 ROWS
 
 mergekit computes in the inputs' type (all but `linear` and `slerp`), so its bfloat16 results are rounded many times.
-Where a sum of task vectors cancels to about nothing, float32 and float64 may elect different signs: those are the few
-numbers of `ties`, `dare_ties` and `breadcrumbs_ties` that are off by more than half a step. Where mergekit differs at
-the limits, [Merging](merging.md#deliberate-differences-from-mergekit-015) says which result wtool takes, and why.
+What wtool's float32 makes otherwise than float64 are elements on a knife's edge: a sum of task vectors that cancels to
+about nothing, whose sign is elected (`ties`, `dare_ties`, `breadcrumbs_ties`, `sce`), and equal variances at the cut
+of `sce`, of which only as many are taken as asked. Where mergekit differs at the limits,
+[Merging](merging.md#deliberate-differences-from-mergekit-015) says which result wtool takes, and why.
 """
 
 if __name__ == "__main__":
