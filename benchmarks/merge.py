@@ -4,9 +4,10 @@
 
 Shapes: a llama of 1.1 B parameters in four files, one with an embedding of 128,256 x 4,096, and ones of many tiny
 tensors. They need up to 16 GB of disk, and memory to keep the inputs in the page cache. Both tools run as whole
-processes, one after the other, with warm caches; time, processor time and peak memory (anonymous: mapped input files
-are left out) are those of the process. The floor is reading the inputs and writing an output of the same size, with
-cat. With --json what was measured is kept, and what is there is not measured again.
+processes, one after the other, with warm caches, to the moment when the output is on the disk (wtool syncs it itself,
+after mergekit `sync` does); time, processor time and peak memory (anonymous: mapped input files are left out) are those
+of the process. The floor is reading the inputs and writing an output of the same size, with cat. With --json what was
+measured is kept, and what is there is not measured again.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import exp, log
 from pathlib import Path
@@ -74,7 +75,7 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Us
     return Usage(seconds, cpu, peak * 1024)
 
 
-def measure_floor(folder: Path) -> dict[str, Usage]:
+def measure_floor(folder: Path, mergekit: str | None) -> dict[str, Usage]:
     """Reading so many inputs of a merge and writing one output; and what starting up takes."""
     files = {model: sorted(str(path) for path in (folder / model).glob("*.safetensors")) for model in MODELS}
     subprocess.run(
@@ -87,7 +88,9 @@ def measure_floor(folder: Path) -> dict[str, Usage]:
         copy = f"cat {read} > /dev/null; cat {' '.join(files['a'])} > {out}; sync {out}"
         found[f"read {count}, write 1"] = measure(["sh", "-c", copy])
     out.unlink()
+    theirs = {"mergekit --help": measure([mergekit, "--help"], {"HF_HUB_OFFLINE": "1"})} if mergekit else {}
     return found | {
+        **theirs,
         "imports": measure([sys.executable, "-c", IMPORTS]),
         "wtool --help": measure([sys.executable, "-m", "wtool", "--help"]),
     }
@@ -99,12 +102,15 @@ def measure_method(folder: Path, method: str, mergekit: str | None) -> dict[str,
     path.write_text(recipe(method, folder))
     tools = {"wtool": [sys.executable, "-m", "wtool", "merge", str(path), "-o", str(out), "--quiet"]}
     if mergekit:
-        tools["mergekit"] = [mergekit, str(path), str(out), "--quiet", "--allow-crimes"]
+        tools["mergekit"] = [mergekit, str(path), str(out), "--quiet"]
     found: dict[str, Usage] = {}
     for tool, command in tools.items():
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
         found[tool] = measure(command, {"HF_HUB_OFFLINE": "1"})
+        begin = time.perf_counter()
+        os.sync()
+        found[tool] = replace(found[tool], seconds=found[tool].seconds + time.perf_counter() - begin)
     shutil.rmtree(out, ignore_errors=True)
     return found
 
@@ -117,16 +123,23 @@ def tell(shape: str, measured: dict[str, dict[str, dict[str, float]]]) -> None:
         print(f"{name:24} {_figures(usage)}")
     print(f"{'method':16} {'tool':9} {'wall s':>6} {'CPU s':>8} {'peak MB':>8}   wtool is; its time without imports")
     ratios: list[float] = []
+    bares: list[float] = []  # without what starting up takes
     for method, tools in ((name, found) for name, found in measured.items() if name != "floor"):
         ours, theirs = tools["wtool"], tools.get("mergekit")
         bare = (ours["seconds"] - floor["imports"]["seconds"]) / floor[f"read {inputs(method)}, write 1"]["seconds"]
         print(f"{method:16} wtool    {_figures(ours)}   {bare:.1f}x the floor")
         if theirs:
             ratios.append(theirs["seconds"] / ours["seconds"])
+            work = (
+                theirs["seconds"] - floor["mergekit --help"]["seconds"],
+                ours["seconds"] - floor["imports"]["seconds"],
+            )
+            bares.append(work[0] / work[1])
             smaller = theirs["peak_anonymous_bytes"] / ours["peak_anonymous_bytes"]
             print(f"{'':16} mergekit {_figures(theirs)}   {ratios[-1]:.1f}x faster, {smaller:.1f}x smaller")
     if ratios:
-        print(f"geometric mean over {len(ratios)} methods: {exp(sum(map(log, ratios)) / len(ratios)):.1f}x faster")
+        whole, work = (exp(sum(map(log, each)) / len(each)) for each in (ratios, bares))
+        print(f"geometric mean over {len(ratios)} methods: {whole:.1f}x faster, {work:.1f}x without starting up")
 
 
 def _figures(usage: dict[str, float]) -> str:
@@ -163,7 +176,7 @@ def main() -> None:
             given.json.write_text(json.dumps(kept | surroundings(), indent=1) + "\n")
 
     if "floor" not in measured:
-        keep("floor", measure_floor(folder))
+        keep("floor", measure_floor(folder, given.mergekit))
     for method in given.methods.split(","):
         if method not in measured:
             keep(method, measure_method(folder, method, given.mergekit))
