@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from wtool.checkpoint import Checkpoint
-from wtool.commands.eval import read_text
 from wtool.console import human_bytes
 from wtool.dtypes import FLOATS, config_name, itemsize, parse_float_dtype
 from wtool.errors import InputError, Mismatch, RuntimeProblem, UsageError
@@ -24,6 +23,7 @@ from wtool.loading import load_model, load_tokenizer, pick_device, working_dtype
 from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.plan import Plan
 from wtool.planned import planned
+from wtool.text_file import read_text
 
 WINDOW = 1024  # tokens, as in wtool eval
 MEMINFO = Path("/proc/meminfo")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wtool.errors import InputError, MalformedFile, Mismatch, MissingInput, RuntimeProblem, UsageError
+from wtool.errors import InputError, Mismatch, MissingInput, RuntimeProblem, UsageError
+from wtool.text_file import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,22 +88,6 @@ def evaluate(
     else:
         _print(checkpoint, reference, f"{' and '.join(dict.fromkeys(names))} on {device}", results)
     _refuse_nonfinite(checkpoint, results)
-
-
-def read_text(path: Path) -> str:
-    """A text file's content.
-
-    raises: MissingInput, MalformedFile, InputError for an empty one
-    """
-    if not path.is_file():
-        raise MissingInput(f"{path}: no such text file")
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MalformedFile(f"{path}: not UTF-8 at byte {error.start:,}; give a plain text file") from None
-    if not content:
-        raise InputError(f"{path}: nothing to score: the text is empty")
-    return content
 
 
 def _tokenizer(
