@@ -54,7 +54,7 @@ class Subject:
 
 
 def merged(subject: Subject, case: Case, tool: str, program: str, folder: Path) -> Perplexities:
-    """One merge by one tool, and what it says of each domain."""
+    """One merge by one tool, and what it says of each domain; nothing where mergekit fails."""
     recipe, out = folder / "recipe.yml", folder / tool
     recipe.write_text(case.recipe(subject.base, list(subject.experts.values())))
     shutil.rmtree(out, ignore_errors=True)
@@ -63,6 +63,9 @@ def merged(subject: Subject, case: Case, tool: str, program: str, folder: Path) 
         "mergekit": [program, str(recipe), str(out), "--quiet", "--random-seed", "0"],
     }[tool]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode and tool == "mergekit":
+        print(f"{case.name}: mergekit fails: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return {}
     if done.returncode:
         raise SystemExit(f"{case.name}: {tool} failed:\n{done.stderr[-2000:]}")
     found = subject.perplexities(out)
@@ -81,8 +84,11 @@ def tell(measured: Mapping[str, Mapping[str, Perplexities]]) -> None:
     print(f"{'':32} {'tool':9}" + "".join(f"{domain:>13}" for domain in domains) + f"{'all':>9}   against mergekit")
     for name, tools in measured.items():
         for tool, found in tools.items():
+            if not found:
+                print(f"{name:32} {tool:9} fails")
+                continue
             ratio = ""
-            if tool == "wtool" and "mergekit" in tools:
+            if tool == "wtool" and tools.get("mergekit"):
                 worst = max(found[domain] / tools["mergekit"][domain] - 1 for domain in domains)
                 ratio = f"   {worst:+.2%} at most"
             figures = "".join(f"{found[domain]:13.3f}" for domain in domains)

@@ -17,7 +17,7 @@ def found(*words):
 def test_verbs_come_first():
     assert set(VERBS) < set(found(""))
     assert found("qu") == ["quantize"]
-    assert found("me") == ["merge"]
+    assert found("me") == ["merge", "merge-lora"]
     assert found("--v") == ["--version"]
 
 
