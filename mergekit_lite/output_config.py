@@ -1,5 +1,6 @@
 """The output's config.json: the donor's, agreeing with the weights that are written."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ def output_config(config: Mapping[str, Any], outputs: Mapping[str, TensorInfo]) 
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
     floats = [info for info in outputs.values() if info.dtype in FLOATS]
     if floats:
-        kinds = {info.dtype: sum(i.nbytes for i in floats if i.dtype == info.dtype) for info in floats}
+        kinds: Counter[str] = Counter()
+        for info in floats:
+            kinds[info.dtype] += info.nbytes
         result["torch_dtype" if "torch_dtype" in result else "dtype"] = config_name(max(kinds, key=lambda k: kinds[k]))
     if head_name(outputs) and is_tied(result):
         result["tie_word_embeddings"] = False  # an input has a head of its own, so the output does
