@@ -1,5 +1,7 @@
 """Merging checkpoints.
 
+The files are in `methods`:
+
 | method           | paper                                                              | file               |
 |------------------|--------------------------------------------------------------------|--------------------|
 | linear           | Wortsman et al. 2022, "Model soups", arXiv 2203.05482              | linear.py          |
@@ -23,14 +25,16 @@
 | ramplus_tl       | the same, with what is unique to a model scaled up                 | ram.py             |
 | passthrough      |                                                                    | passthrough.py     |
 
-What methods share: `chunks` (the walk through a tensor in cache-sized pieces), `task_vectors` (differences to a
-base, trimmed, elected, summed), `selection` (the k largest without a sort), `random_mask` (masks that depend on
-nothing but seed, model, tensor and element), `gram` (dot products of the models, and one combination that follows
-from them), `quantiles` (places in the order of many numbers).
+Beside the methods:
 
-The rest is about names: `recipe` (mergekit's YAML: what was asked) and `places` (where it names models), `methods`
-(their table), `parameters` (gradients and filters), `roles` (base and models), `towers` (text, vision, …), `slices`
-(stacked layers), `wanted` (which tensors the output has), `steps` (what makes each), `output_config`, `planner` (recipe
-to plan), `stages` (several merges in one file), `tokenizer` and `vocabulary` (which tokens the output has),
-`disagreement` (what the report tells of a merge).
+    arithmetic  what they share: cache-sized pieces, task vectors, selection, random masks, dot products
+    lora        adapters combined without their base, or made of what fine-tuning changed
+    tokens      which tokens the output has, where the models' differ, and its chat template
+    soups       merges judged by held-out text: greedy soups, and the loss between two models
+    regmean     RegMean and RegMean++ on checkpoints, with the walk through the layers
+
+The rest is about names: `recipe` (mergekit's YAML: what was asked) and `places` (where it names models), `parameters`
+(gradients and filters), `roles` (base and models), `towers` (text, vision, …), `slices` (stacked layers), `wanted`
+(which tensors the output has), `steps` (what makes each), `output_config`, `planner` (recipe to plan), `stages`
+(several merges in one file), `disagreement` (what the report tells of a merge).
 """

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from wtool.errors import UsageError
 
-from .methods import Parameter
+from .methods.table import Parameter
 from .places import Filtered, Setting
 
 LAYER = re.compile(r"^(.*?\.|)(\d+)\.")  # the first number among a name's parts is the layer's

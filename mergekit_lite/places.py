@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from wtool.errors import UsageError, did_you_mean
 
-from .methods import METHODS
+from .methods.table import METHODS
 
 Scalar = bool | int | float | str
 

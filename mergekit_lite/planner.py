@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from wtool.checkpoint import Checkpoint, open_checkpoint
+from wtool.checkpoint.folder import TOKENIZER_FILES
 from wtool.checkpoint.quantized import refuse_quantized
 from wtool.checkpoint.tied import embedding_name, head_name, is_tied
 from wtool.plan import DEFAULT_SHARD_BYTES, Plan
 from wtool.shards import json_bytes
 
 from .card import model_card
-from .chat_template import chosen_template, template_remarks, with_template
 from .lineage import common_base
 from .output_config import config_problems, output_config
 from .recipe import MergeRecipe
 from .steps import Steps
-from .tokenizer import TOKENIZER_FILES
-from .tokenizer_recipe import tokenizer_asked
-from .vocabulary_choice import choose_vocabulary
+from .tokens.chat_template import chosen_template, template_remarks, with_template
+from .tokens.choice import choose_vocabulary
+from .tokens.recipe import tokenizer_asked
 from .wanted import wanted
 
 NO_PLACES: Mapping[str, Path] = {}

@@ -23,11 +23,11 @@ from wtool.errors import UsageError, did_you_mean
 from wtool.recipe_file import read_yaml, validated
 from wtool.recipe_parts import one_of
 
-from .chat_template import check_template
-from .methods import METHODS, Method
+from .methods.table import METHODS, Method
 from .places import ModelEntry, Module, OutputSlice, Reference, Setting, check_parameters, overridden
 from .schema import with_parameters
-from .tokenizer_recipe import TokenizerRecipe, tokenizer_asked
+from .tokens.chat_template import check_template
+from .tokens.recipe import TokenizerRecipe, tokenizer_asked
 
 ON_INPUTS = ("regmean", "regmean++")  # methods that need what the weights are multiplied with: see `regmean_recipe`
 

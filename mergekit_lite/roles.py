@@ -6,7 +6,7 @@ from functools import cached_property
 
 from wtool.errors import UsageError
 
-from .methods import METHODS, Method
+from .methods.table import METHODS, Method
 from .places import Setting
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import Parameter
+    from .methods.table import Parameter
 
 
 def with_parameters(schema: dict[str, Any]) -> None:
     """Let a recipe's schema tell what it must have, and the parameters of each method."""
-    from .methods import METHODS
+    from .methods.table import METHODS
 
     schema["oneOf"] = [{"required": [kind]} for kind in ("models", "slices", "modules")]
     schema["allOf"] = [of_method(name, method.per_model, method.shared) for name, method in METHODS.items()]

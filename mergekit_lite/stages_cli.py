@@ -4,18 +4,23 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wtool.errors import OutputExists
+from wtool.errors import OutputExists, UsageError
+
+from .flags import is_file
+from .job import Job, carry_out, described, planned, run, summary
+from .job import check as check_plan
 
 if TYPE_CHECKING:
     from wtool.plan import Plan
 
+    from .recipe import MergeRecipe
     from .stages import Stages
 
 KeepStages = Annotated[bool, typer.Option("--keep-stages", help="keep what the stages of a recipe make, in OUT.stages")]
@@ -36,113 +41,125 @@ def plans_of(stages: "Stages", folder: Path, **settings: Any) -> "dict[str, Plan
 
 def asked(models: Sequence[str], flags: Mapping[str, Any]) -> "Stages | None":
     """The stages of a recipe file; None where it has none, or flags stand beside it."""
-    if not models[0].endswith((".yml", ".yaml")) or len(models) > 1 or flags:
+    if not is_file(models) or len(models) > 1 or flags:
         return None
     from .stages import read_stages
 
     return read_stages(Path(models[0]))
 
 
-def show(
-    stages: "Stages",
-    *,
-    draw: "Callable[[Plan], None]",
-    describe: "Callable[[Plan], str]",
-    summary: "Callable[[Plan], dict[str, Any]]",
-    as_json: bool,
-    **settings: Any,
-) -> int:
-    """Print the plans of all stages; the exit code tells whether they can be carried out.
+def check(keep: bool) -> None:
+    """Refuse --keep-stages where there are none; raises UsageError."""
+    if keep:
+        raise UsageError("--keep-stages is for a recipe file of several documents; leave it out")
 
-    draw:     what is done with the output's plan
-    describe: a plan in words
-    summary:  a plan in figures
-    settings: of `plan_merge`
+
+def merge(stages: "Stages", source: str, job: Job, *, keep: bool, greedy: object) -> None:
+    """Make all stages and the output, or show their plans.
+
+    source: the recipe file
+    greedy: what --greedy says, which does not go with it
+
+    raises: WtoolError; typer.Exit after plans are shown, and where the output is there already
     """
+    if greedy:
+        raise UsageError(f"{source}: --greedy chooses among the models of one merge; leave it out")
+    if job.dry_run:
+        raise typer.Exit(_show(stages, job))
+    make = _made_before(stages, job)
+    plan = planned(make, job)
+    check_plan(plan, job)
+    run(make, plan, job)
+    if not keep:
+        shutil.rmtree(folder_of(job.output), ignore_errors=True)
+
+
+def _show(stages: "Stages", job: Job) -> int:
+    """Print the plans of all stages; the exit code tells whether they can be carried out."""
+    from wtool import options
     from wtool.console import emit, emit_json
 
     with tempfile.TemporaryDirectory(prefix="wtool-stages-") as folder:
-        plans = plans_of(stages, Path(folder), **settings)
+        plans = plans_of(stages, Path(folder), **job.settings)
         *_, last = plans.values()
-        if not last.problems:
-            draw(last)
-        if as_json:
-            before = {name: summary(plan) for name, plan in plans.items() if plan is not last}
-            emit_json({**summary(last), "stages": before})
+        options.draw(last, job.sketch)
+        if job.as_json:
+            before = {name: summary(plan, job) for name, plan in plans.items() if plan is not last}
+            emit_json({**summary(last, job), "stages": before})
         else:
             for name, plan in plans.items():
-                emit(f"{f'stage {name}' if name else 'output'}: {describe(plan)}")
+                emit(f"{f'stage {name}' if name else 'output'}: {described(plan, job)}")
         return 3 if last.problems else 0
 
 
-def make(
-    stages: "Stages",
-    output: Path,
-    run: Callable[..., Any],
-    *,
-    downloads: Callable[[Path], Path | None],
-    force: bool,
-    quiet: bool,
-    as_json: bool,
-    **settings: Any,
-) -> "partial[Plan]":
+def _made_before(stages: "Stages", job: Job) -> "partial[Plan]":
     """Make all stages but the last; returns what makes the plan of the output.
-
-    run:       carries out a plan: of (what makes it, the plan, the folder, progress=)
-    downloads: where the shards of models on the Hub are kept while a folder is made; None is the cache
-    settings:  of `plan_merge`
 
     raises: WtoolError; stages that are done are there when the same command is run again. typer.Exit where the output
         is there already
     """
-    from wtool import console
-    from wtool.executors.local import check_place
+    from .stages import maker
 
-    from .planner import plan_merge
-    from .stages import maker, record
-
-    with tempfile.TemporaryDirectory(prefix="wtool-stages-") as sketches:
-        plans = plans_of(stages, Path(sketches), **settings)
-        for plan in plans.values():
-            plan.check()
-            check_place(plan, output)
-        told = record(stages, list(plans.values()))
-    if output.exists() and not force:
-        if _made_by(output) == told["work"]:
-            _tell_it_is_there(output, as_json)
-            raise typer.Exit
-        raise OutputExists(f"{output}: there already; --force replaces it")
-    folder = folder_of(output)
+    told = _record(stages, job)
+    _check_output(job, told["work"])
+    folder = folder_of(job.output)
     done: dict[str, Path] = {}
     for name, recipe in stages.before.items():
-        made = partial(plan_merge, recipe, places=dict(done), **settings)
-        plan = made(low_disk=downloads(folder / name))
-        for warning in plan.warnings:
-            console.warn(f"stage {name}: {warning}")
-        begin = time.perf_counter()
-        total = sum(info.nbytes for info in plan.outputs.values())
-        with console.progress(f"stage {name}", total, quiet=quiet) as advance:
-            outcome = run(made, plan, folder / name, progress=advance)
-        if not as_json:
-            state = "there already" if outcome.already_there else f"{time.perf_counter() - begin:.1f} s"
-            console.emit(f"stage {name}: {len(plan.outputs)} tensors, {state}")
+        _make(name, recipe, done, folder / name, job)
         done[name] = folder / name
-    return maker(stages, told, folder, **settings)
+    return maker(stages, told, folder, **job.settings)
 
 
-def done(output: Path, keep: bool) -> None:
-    """The stages are not needed any more."""
-    if not keep:
-        shutil.rmtree(folder_of(output), ignore_errors=True)
+def _record(stages: "Stages", job: Job) -> dict[str, Any]:
+    """What the output's manifest tells of the stages; raises WtoolError where they cannot be made."""
+    from wtool.executors.local import check_place
+
+    from .stages import record
+
+    with tempfile.TemporaryDirectory(prefix="wtool-stages-") as sketches:
+        plans = plans_of(stages, Path(sketches), **job.settings)
+        for plan in plans.values():
+            plan.check()
+            check_place(plan, job.output)
+        return record(stages, list(plans.values()))
 
 
-def _tell_it_is_there(output: Path, as_json: bool) -> None:
+def _check_output(job: Job, work: str) -> None:
+    """raises: OutputExists; typer.Exit where the output is what this work would make"""
     from wtool import console
 
-    if as_json:
+    output = job.output
+    if not output.exists() or job.run["force"]:
+        return
+    if _made_by(output) != work:
+        raise OutputExists(f"{output}: there already; --force replaces it")
+    if job.as_json:
         console.emit_json({"output": str(output), "already_there": True})
     else:
         console.emit(f"{output}: there already, made by these stages from these inputs (--force makes it anew)")
+    raise typer.Exit
+
+
+def _make(name: str, recipe: "MergeRecipe", done: Mapping[str, Path], folder: Path, job: Job) -> None:
+    """Make one stage.
+
+    done: the folders of the stages before it
+    """
+    from wtool import console, options
+
+    from .planner import plan_merge
+
+    make = partial(plan_merge, recipe, places=dict(done), **job.settings)
+    plan = make(low_disk=options.downloads(job.low_disk, folder))
+    for warning in plan.warnings:
+        console.warn(f"stage {name}: {warning}")
+    begin = time.perf_counter()
+    total = sum(info.nbytes for info in plan.outputs.values())
+    with console.progress(f"stage {name}", total, quiet=job.quiet) as advance:
+        outcome = carry_out(job)(make, plan, folder, progress=advance)
+    if not job.as_json:
+        state = "there already" if outcome.already_there else f"{time.perf_counter() - begin:.1f} s"
+        console.emit(f"stage {name}: {len(plan.outputs)} tensors, {state}")
 
 
 def _made_by(output: Path) -> str | None:

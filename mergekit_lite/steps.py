@@ -15,10 +15,10 @@ from wtool.dtypes import FLOATS, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
 from wtool.plan import Step, Told
 
+from .arithmetic.random_mask import mask_key
 from .disagreement import figures
-from .methods import Method, Parameter
+from .methods.table import Method, Parameter
 from .parameters import resolve
-from .random_mask import mask_key
 from .roles import Entry, Mix
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.

@@ -20,8 +20,8 @@ INTERRUPTED = 130  # the exit code that typer gives to Ctrl-C
 # verb -> where its command is, and what it does
 VERBS: dict[str, tuple[str, str]] = {
     "merge": ("mergekit_lite.cli:app", "merge checkpoints: soups, SLERP, task arithmetic, TIES, DARE and more"),
-    "merge-lora": ("mergekit_lite.lora_cli:merge_app", "combine LoRA adapters without their base: sum, SVD, KnOTS"),
-    "extract-lora": ("mergekit_lite.lora_cli:extract_app", "the difference of two checkpoints as a LoRA adapter"),
+    "merge-lora": ("mergekit_lite.lora.cli:merge_app", "combine LoRA adapters without their base: sum, SVD, KnOTS"),
+    "extract-lora": ("mergekit_lite.lora.cli:extract_app", "the difference of two checkpoints as a LoRA adapter"),
     "quantize": ("quant.cli:app", "quantize a checkpoint: GPTQ, AWQ or rounding, for transformers, vLLM, llama.cpp"),
     "prune": ("prune.cli:app", "make a checkpoint smaller or sparse: depth, width, experts, weights, rank"),
     "distill": ("distill.cli:app", "train a student to say what its teacher says"),
@@ -31,7 +31,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "inspect": ("wtool.commands.inspect:app", "what a checkpoint holds: tensors, types, sizes, configuration"),
     "diff": ("wtool.commands.diff:app", "how far two checkpoints are apart, tensor by tensor"),
     "eval": ("wtool.commands.eval:app", "perplexity on a text, and divergence from a reference model"),
-    "barrier": ("mergekit_lite.barrier_cli:app", "the loss on the way between models: one basin, and where it is best"),
+    "barrier": (
+        "mergekit_lite.soups.barrier_cli:app",
+        "the loss on the way between models: one basin, and where it is best",
+    ),
     "report": ("wtool.commands.report:app", "a page that tells what was done to a checkpoint"),
     "push": ("wtool.commands.push:app", "upload a checkpoint with its card to the Hub, private unless told otherwise"),
     "schema": ("wtool.commands.schema:app", "the JSON schema of a verb's recipe, from which editors complete"),

@@ -1,18 +1,15 @@
 """Every command of the docs: in console blocks they do what the page shows, elsewhere their flags are known."""
 
 import shlex
-import sys
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
 from doc_pages import DOCS, Shell, blocks, commands, shape, written_again, wtool_lines
+from example_files import make
 from typer.main import get_command
 
 from wtool.cli import load
-
-sys.path.insert(0, str(DOCS))
-from example_files import make  # noqa: E402
 
 PAGES = sorted(DOCS.rglob("*.md"))
 NAMES = [str(page.relative_to(DOCS)) for page in PAGES]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_lite import chunks
+from mergekit_lite.arithmetic import chunks
 
 
 @pytest.fixture(params=[chunks.CHUNK, 16], ids=["one-piece", "many-pieces"])

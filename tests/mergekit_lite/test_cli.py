@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.table import METHODS
 from mergekit_lite.recipe import ON_INPUTS
 from wtool.cli import run
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mergekit_lite.methods import DENSITY, Parameter
+from mergekit_lite.methods.table import DENSITY, Parameter
 from mergekit_lite.parameters import Depths, resolve, value_at
 from mergekit_lite.places import Filtered
 from wtool.errors import UsageError

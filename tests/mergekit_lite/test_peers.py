@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mergekit_lite.linear import linear
-from mergekit_lite.passthrough import passthrough
-from mergekit_lite.slerp import slerp
-from mergekit_lite.task_arithmetic import task_arithmetic
-from mergekit_lite.ties import ties
+from mergekit_lite.methods.linear import linear
+from mergekit_lite.methods.passthrough import passthrough
+from mergekit_lite.methods.slerp import slerp
+from mergekit_lite.methods.task_arithmetic import task_arithmetic
+from mergekit_lite.methods.ties import ties
 from wtool.cli import run
 
 PYTHON = os.environ.get("WTOOL_MERGEKIT_PYTHON") or (sys.executable if importlib.util.find_spec("mergekit") else None)

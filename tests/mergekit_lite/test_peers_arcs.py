@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_lite.arcee_fusion import arcee_fusion
-from mergekit_lite.karcher import karcher
-from mergekit_lite.model_stock import model_stock
-from mergekit_lite.multislerp import multislerp
-from mergekit_lite.nearswap import nearswap
-from mergekit_lite.nuslerp import nuslerp
+from mergekit_lite.methods.arcee_fusion import arcee_fusion
+from mergekit_lite.methods.karcher import karcher
+from mergekit_lite.methods.model_stock import model_stock
+from mergekit_lite.methods.multislerp import multislerp
+from mergekit_lite.methods.nearswap import nearswap
+from mergekit_lite.methods.nuslerp import nuslerp
 
 PYTHON = os.environ.get("WTOOL_MERGEKIT_PYTHON") or (sys.executable if importlib.util.find_spec("mergekit") else None)
 pytestmark = [

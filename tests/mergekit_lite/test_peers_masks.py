@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_lite.breadcrumbs import breadcrumbs, breadcrumbs_ties
-from mergekit_lite.della import della, della_linear
-from mergekit_lite.ram import ram, ramplus_tl
-from mergekit_lite.sce import sce
+from mergekit_lite.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties
+from mergekit_lite.methods.della import della, della_linear
+from mergekit_lite.methods.ram import ram, ramplus_tl
+from mergekit_lite.methods.sce import sce
 
 PYTHON = os.environ.get("WTOOL_MERGEKIT_PYTHON") or (sys.executable if importlib.util.find_spec("mergekit") else None)
 pytestmark = [

@@ -1,6 +1,6 @@
 import pytest
 
-from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.table import METHODS
 from mergekit_lite.recipe import parse_recipe, read_recipe
 from wtool.errors import UsageError
 

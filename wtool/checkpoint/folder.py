@@ -14,10 +14,8 @@ from wtool.errors import MalformedFile, MissingInput
 if TYPE_CHECKING:
     import torch
 
-# What stands beside the weights and belongs to the model. Weights, and whatever else a repository holds
-# (images, training state), do not.
-SIDE_FILES = (
-    "generation_config.json",
+# Everything that comes with a tokenizer, and goes with it.
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -30,6 +28,12 @@ SIDE_FILES = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
+)
+# What stands beside the weights and belongs to the model. Weights, and whatever else a repository holds
+# (images, training state), do not.
+SIDE_FILES = (
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "README.md",

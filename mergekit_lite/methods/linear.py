@@ -1,0 +1,52 @@
+"""Linear: the weighted mean of the models' weights, element by element. With equal weights, a uniform soup.
+
+Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
+increasing inference time", 2022, https://arxiv.org/abs/2203.05482.
+
+    out = sum_i w_i theta_i / sum_i w_i
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import chunks
+
+
+def linear(
+    models: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = True, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the weighted mean of tensors of one shape.
+
+    weight:    one a model, any finite number
+    normalize: divide by the weights' sum (which must not be 0)
+    dtype:     of the result; that of the models if None
+    """
+    total = sum(weight) if normalize else 1.0
+    if len(models) == 2 and normalize:
+        return between(*models, share=weight[1] / total, dtype=dtype)
+    shares = [w / total for w in weight]
+
+    def mean(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
+        out = parts[0].mul_(shares[0])
+        for part, share in zip(parts[1:], shares[1:], strict=True):
+            out.add_(part, alpha=share)
+        return out
+
+    return chunks.apply(mean, models, dtype=dtype)
+
+
+def between(first: Tensor, second: Tensor, *, share: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the point on the straight line from one tensor to another: (1 - share) first + share second.
+
+    share: 0 gives the first, 1 the second, exactly; values beyond extrapolate
+    """
+    result = chunks.result_type([first, second], dtype)
+    if first.dtype == second.dtype == result:  # torch computes 16-bit types in float32 here, and rounds once
+        return torch.lerp(first, second, share)
+
+    def step(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
+        return torch.lerp(parts[0], parts[1], share, out=parts[0])
+
+    return chunks.apply(step, [first, second], dtype=result)
