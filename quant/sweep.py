@@ -57,21 +57,39 @@ def sweep(
     width = grid.width(columns) if before_group else columns
     kernel = _kernel() if values.is_cuda else None
     few = min(_COLUMNS_GPU if kernel else _COLUMNS, width)
+    _Sweep(values, base, coupling, scales, grid, before_group, kernel, width, few).over(0, columns)
 
-    def halves(begin: int, end: int) -> None:
-        if before_group and begin % width == 0 and end == min(begin + width, columns):
-            before_group(begin // width, slice(begin, end))
-        if end - begin <= few:
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What `over` needs at every depth. (A closure that calls itself would hold the matrices until the next
+    collection of cycles, and those of all sweeps before it.)"""
+
+    values: Tensor
+    base: Tensor
+    coupling: Tensor
+    scales: Scales
+    grid: Grid
+    before_group: Callable[[int, slice], None] | None
+    kernel: Callable[..., None] | None
+    width: int  # of a group, where groups are told of
+    few: int  # columns that go one by one
+
+    def over(self, begin: int, end: int) -> None:
+        """Round a range of columns: one half, its effect on the other, the other half."""
+        values, base, coupling = self.values, self.base, self.coupling
+        if self.before_group and begin % self.width == 0 and end == min(begin + self.width, values.shape[1]):
+            self.before_group(begin // self.width, slice(begin, end))
+        if end - begin <= self.few:
             part = slice(begin, end)
-            round_columns(values[:, part], base[:, part], coupling[:, part, part], *scales.of(begin, end), grid, kernel)
+            own = values[:, part], base[:, part], coupling[:, part, part]
+            round_columns(*own, *self.scales.of(begin, end), self.grid, self.kernel)
             return
-        unit = width if end - begin > width else few
+        unit = self.width if end - begin > self.width else self.few
         middle = begin + -(-(end - begin) // unit) // 2 * unit
-        halves(begin, middle)
+        self.over(begin, middle)
         values[:, middle:end].baddbmm_(coupling[:, begin:middle, middle:end].mT, base[:, begin:middle])
-        halves(middle, end)
-
-    halves(0, columns)
+        self.over(middle, end)
 
 
 def _kernel() -> Callable[..., None] | None:
