@@ -9,6 +9,7 @@
 | tvd             | Wen et al. 2023, "f-Divergence Minimization …", arXiv 2307.15190       | losses.py               |
 | uld             | Boizard et al. 2024, "… Cross-Tokenizer …", arXiv 2402.12030           | losses.py, alignment.py |
 | hidden states   | Jiao et al. 2019, arXiv 1909.10351; Sanh et al. 2019, arXiv 1910.01108 | hidden_states.py        |
+| relations       | Wang et al. 2020, "MiniLMv2", arXiv 2012.15828                         | relations.py            |
 | cached, sampled | Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870       | signals.py              |
 | on-policy       | Agarwal et al. 2023, as above                                          | on_policy.py            |
 

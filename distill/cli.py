@@ -44,6 +44,9 @@ def distill(
     seqlen: Annotated[int | None, _number("tokens of a window [default: 1024]", 2)] = None,
     held_out: Annotated[int | None, _number("windows to judge by, never trained on [default: 16]", 1)] = None,
     separate: Annotated[bool, typer.Option("--separate", help="no attention between documents of a window")] = False,
+    assistant_only: Annotated[
+        bool, typer.Option("--assistant-only", help="of conversations, learn what the assistant says alone")
+    ] = False,
     text_column: options.TextColumn = None,
     split: options.Split = None,
     loss: Annotated[str | None, typer.Option("--loss", "-l", help="[default: forward-kl]")] = None,
@@ -54,6 +57,9 @@ def distill(
     ce: Annotated[float | None, _number("weight of the cross-entropy with the text [default: 0]", 0)] = None,
     hidden: Annotated[str | None, typer.Option(help="compare hidden states too: mse or cosine")] = None,
     hidden_weight: Annotated[float | None, _number("weight of that [default: 1]", 0)] = None,
+    relations: Annotated[
+        float | None, _number("weight of how tokens relate in the last layer's attention [default: 0]", 0)
+    ] = None,
     steps: Annotated[int | None, _number("steps of the optimizer", 1)] = None,
     epochs: Annotated[float | None, _number("times over the text [default: 1]", 0)] = None,
     tokens: Annotated[int | None, _number("tokens to learn from", 1)] = None,
@@ -119,10 +125,11 @@ def distill(
         "student_config": student_config,
         "data": named(
             *("samples", "seqlen", "seed", "text_column", "split", "held_out", "separate"),
+            "assistant_only",
             sources="data",
             held_out_sources="eval_data",
         ),
-        "loss": named("temperature", "beta", "alpha", "kd", "ce", "hidden", "hidden_weight", kind="loss"),
+        "loss": named("temperature", "beta", "alpha", "kd", "ce", "hidden", "hidden_weight", "relations", kind="loss"),
         "training": ({**(training or {}), "optimizer_arguments": arguments} if arguments else training),
         "lora": factors,
         "teacher_4bit": teacher_4bit or None,

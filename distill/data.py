@@ -36,10 +36,13 @@ class Texts:
     record: dict[str, Any]  # for the manifest (JSON)
     warnings: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    spoken: tuple[Tensor, ...] | None = None  # bool [tokens] each: what the assistant says, where only that is learnt
 
     @property
     def tokens(self) -> int:
         """Tokens with a label in one pass over the training windows."""
+        if self.spoken is not None:
+            return sum(int(self.spoken[number][1:].sum()) for number in self.train)
         return sum(len(self.windows[number]) - 1 for number in self.train)
 
 
@@ -51,7 +54,7 @@ def read_texts(checkpoint: Checkpoint, asked: Data, samples: int, *, trust_remot
     raises: InputError, RuntimeProblem
     """
     found = windows_for(checkpoint, _source(asked, asked.sources, samples), trust_remote_code=trust_remote_code)
-    windows = found.unpadded()
+    windows, spoken = found.unpadded(), found.spoken_unpadded()
     record: dict[str, Any] = {"training": found.record}
     warnings, remarks = found.warnings, found.remarks
     if asked.held_out_sources:
@@ -59,6 +62,7 @@ def read_texts(checkpoint: Checkpoint, asked: Data, samples: int, *, trust_remot
         other = windows_for(checkpoint, wanted, trust_remote_code=trust_remote_code)
         train = tuple(range(len(windows)))
         windows += other.unpadded()
+        spoken += other.spoken_unpadded()
         held_out = tuple(range(len(train), len(windows)))
         record["held_out"] = other.record
         warnings += other.warnings
@@ -67,7 +71,10 @@ def read_texts(checkpoint: Checkpoint, asked: Data, samples: int, *, trust_remot
         record["held_out"] = {"windows": len(held_out), "of": "the training text"}
     words = tuple(text.replace("calibration ", "").replace("calibrating", "training") for text in warnings)
     told = tuple(text.replace("calibration ", "").replace("calibrating", "training") for text in remarks)
-    return Texts(tuple(windows), train, held_out, record, words, told)
+    texts = Texts(tuple(windows), train, held_out, record, words, told, tuple(spoken) if spoken else None)
+    if spoken and not (texts.tokens and any(spoken[number][1:].any() for number in held_out)):
+        raise InputError("the assistant says nothing in the windows to train on or in those held out; give more text")
+    return texts
 
 
 def split(windows: Sequence[Tensor], wanted: int, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -93,7 +100,13 @@ def split(windows: Sequence[Tensor], wanted: int, seed: int) -> tuple[tuple[int,
 
 def _source(asked: Data, sources: tuple[str, ...], samples: int) -> CalibrationSource:
     return CalibrationSource(
-        sources, samples, asked.seqlen, asked.seed, text_column=asked.text_column, split=asked.split
+        sources,
+        samples,
+        asked.seqlen,
+        asked.seed,
+        text_column=asked.text_column,
+        split=asked.split,
+        assistant_only=asked.assistant_only,
     )
 
 
@@ -138,6 +151,17 @@ class Collate:
             batch["labels"] = labels.masked_fill(ids == self.end, IGNORED)
             batch["position_ids"] = restarting_positions(ids, self.end)
         return batch
+
+
+def spoken_mask(spoken: Sequence[Tensor], numbers: Sequence[int], width: int) -> Tensor:
+    """Where the next token is one that the assistant says, bool [windows, width].
+
+    spoken: bool [tokens] of each window
+    """
+    mask = torch.zeros(len(numbers), width, dtype=torch.bool)
+    for row, number in enumerate(numbers):
+        mask[row, : len(spoken[number]) - 1] = spoken[number][1:]
+    return mask
 
 
 def restarting_positions(ids: Tensor, end: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from wtool.loading import load_model, load_tokenizer, working_dtype
 
 from .alignment import places_mask
 from .body import is_head_right, keeps_documents_apart
-from .data import Collate, Numbered
+from .data import Collate, Numbered, spoken_mask
 from .kinds import Divergence
 from .objective import Wanted, give_objective, give_projectors, layer_map
 from .planner import DistillPlan
+from .relations import layer_pair, projections
 from .settings import training_arguments
 from .student import depth, load_4bit, load_student, with_lora
 from .teacher import CachedTeacher, OnlineTeacher, StreamedTeacher, Teacher, TranslatedTeacher
@@ -47,10 +49,12 @@ def make_trainer(plan: DistillPlan, folder: Path, *, resuming: bool, trust_remot
     if recipe.training.checkpointing:  # transformers is renaming it
         enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    known = plan.alignments
+    known, spoken = plan.alignments, plan.texts.spoken
     separator = _end(plan, trust_remote_code) if recipe.data.separate else None
     if recipe.data.separate:
         _check_separate(plan, separator, student, teacher)
+    learnt = None if known is None else functools.partial(places_mask, known)
+    learnt = learnt if spoken is None else functools.partial(spoken_mask, spoken)
     return Distiller(
         model,
         training_arguments(plan, folder, resuming=resuming),
@@ -60,7 +64,7 @@ def make_trainer(plan: DistillPlan, folder: Path, *, resuming: bool, trust_remot
         asked=recipe.training,
         train=Numbered(plan.texts.windows, plan.texts.train),
         held_out=Numbered(plan.texts.windows, plan.texts.held_out),
-        collate=Collate(separator, None if known is None else functools.partial(places_mask, known)),
+        collate=Collate(separator, learnt),
         exact_head=exact,
         end_token=_end(plan, trust_remote_code) if recipe.training.on_policy else None,
     )
@@ -105,7 +109,18 @@ def _wanted(plan: DistillPlan, student: PreTrainedModel, teacher: Teacher) -> Wa
         assert plan.teacher is not None
         ours = student.config.get_text_config().num_hidden_layers
         layers = layer_map(ours, depth(plan.teacher), plan.student.layers)
-    return Wanted(loss.divergence, loss.kd, loss.ce, loss.hidden, loss.hidden_weight, layers)
+    wanted = Wanted(loss.divergence, loss.kd, loss.ce, loss.hidden, loss.hidden_weight, layers)
+    return _with_relations(wanted, plan, student, teacher) if loss.relations else wanted
+
+
+def _with_relations(wanted: Wanted, plan: DistillPlan, student: PreTrainedModel, teacher: Teacher) -> Wanted:
+    assert plan.teacher is not None
+    config = student.config.get_text_config()
+    pair = layer_pair(config.num_hidden_layers, depth(plan.teacher), plan.student.layers)
+    for model, layer in zip((student, _model_of(teacher)), pair, strict=True):
+        projections(model, layer)
+    heads = config.num_attention_heads
+    return replace(wanted, relations=plan.recipe.loss.relations, related=pair, relation_heads=heads)
 
 
 def _judged(plan: DistillPlan) -> Divergence:
@@ -118,11 +133,14 @@ def _judged(plan: DistillPlan) -> Divergence:
 
 def _widths(student: PreTrainedModel, teacher: Teacher) -> tuple[int, int]:
     ours = student.config.get_text_config().hidden_size
-    if isinstance(teacher, OnlineTeacher):
-        return ours, teacher.model.config.get_text_config().hidden_size
-    if isinstance(teacher, StreamedTeacher):
-        return ours, teacher.network.model.config.get_text_config().hidden_size
+    if isinstance(teacher, OnlineTeacher | StreamedTeacher):
+        return ours, _model_of(teacher).config.get_text_config().hidden_size
     return ours, ours
+
+
+def _model_of(teacher: Teacher) -> PreTrainedModel:
+    assert isinstance(teacher, OnlineTeacher | StreamedTeacher), "a cache has no model"
+    return teacher.model if isinstance(teacher, OnlineTeacher) else teacher.network.model
 
 
 def _end(plan: DistillPlan, trust_remote_code: bool) -> int | None:

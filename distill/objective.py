@@ -23,10 +23,11 @@ from .hidden_states import hidden_cosine, hidden_mse
 from .kinds import Divergence
 from .linear_divergence import linear_divergence
 from .losses import divergence, sampled_divergence, top_k_divergence
+from .relations import projected, relations_apart
 from .signals import Online, Sampled, Targets, TopK
 from .teacher import Said, Whole, whole_logits
 
-Sums = dict[str, Tensor]  # loss, with its gradient; and without: kd, ce, hidden, each unweighted
+Sums = dict[str, Tensor]  # loss, with its gradient; and without: kd, ce, hidden, relations, each unweighted
 PROJECTORS = "hidden_state_projectors"  # a part of the model while it is trained, and not of what is saved
 
 
@@ -40,6 +41,14 @@ class Wanted:
     hidden: str = "none"  # mse, cosine: of hidden states
     hidden_weight: float = 1.0
     layers: tuple[tuple[int, int], ...] = ()  # a layer of the student, and the teacher's that it is compared with
+    relations: float = 0.0  # weight of the relations between tokens
+    related: tuple[int, int] = (-1, -1)  # the layers whose relations these are
+    relation_heads: int = 1  # the most
+
+    @property
+    def of_teacher(self) -> bool:
+        """Whether the teacher is needed at all."""
+        return bool(self.kd or self.relations or self.hidden != "none")
 
 
 def give_objective(model: PreTrainedModel) -> None:
@@ -65,15 +74,21 @@ def token_sums(
     """
     learnt = inputs["labels"] != IGNORED
     labels = inputs["labels"][learnt]
-    if exact_head and not isinstance(said.targets, Whole):
-        output = body_of(model, inputs, all_states=wanted.hidden != "none")
-        loss, kd, ce = at_head(model, output.last_hidden_state[learnt], _at_head(said.targets, labels, wanted))
-        parts = {"kd": kd, "ce": ce}
-    else:
-        taken = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
-        states = wanted.hidden != "none"
-        output: Any = type(model).forward(model, **taken, use_cache=False, output_hidden_states=states)
-        loss, parts = dense_sums(output.logits[learnt], said.targets, labels, wanted)
+    targets = said.targets if wanted.kd else None
+    states = wanted.hidden != "none"
+    with projected(model, wanted.related[0] if wanted.relations else None) as given:
+        if exact_head and not isinstance(targets, Whole):
+            output = body_of(model, inputs, all_states=states)
+            loss, kd, ce = at_head(model, output.last_hidden_state[learnt], _at_head(targets, labels, wanted))
+            parts = {"kd": kd, "ce": ce} if wanted.kd else {"ce": ce}
+        else:
+            taken = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
+            output: Any = type(model).forward(model, **taken, use_cache=False, output_hidden_states=states)
+            loss, parts = dense_sums(output.logits[learnt], targets, labels, wanted)
+    if wanted.relations:
+        apart = relations_apart(given, said.projected, learnt, wanted.relation_heads)
+        loss = loss + wanted.relations * apart
+        parts = {**parts, "relations": apart.detach()}
     if wanted.hidden != "none":
         apart = _states_apart(model, output.hidden_states, said.states, learnt, wanted)
         loss = loss + wanted.hidden_weight * apart
@@ -81,7 +96,7 @@ def token_sums(
     return {"loss": loss, **parts}
 
 
-def _at_head(targets: Targets, labels: Tensor, wanted: Wanted) -> Callable[[Tensor, Head], tuple[Tensor, ...]]:
+def _at_head(targets: Targets | None, labels: Tensor, wanted: Wanted) -> Callable[[Tensor, Head], tuple[Tensor, ...]]:
     def run(hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
         loss, parts = linear_divergence(
             hidden, head, targets, wanted.divergence, labels=labels, ce_weight=wanted.ce, kd_weight=wanted.kd
@@ -92,13 +107,17 @@ def _at_head(targets: Targets, labels: Tensor, wanted: Wanted) -> Callable[[Tens
 
 
 def dense_sums(
-    logits: Tensor, targets: Targets | Whole, labels: Tensor, wanted: Wanted
+    logits: Tensor, targets: Targets | Whole | None, labels: Tensor, wanted: Wanted
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `linear_divergence`, from logits that are all there.
 
     logits: [tokens, vocabulary]
+    targets: None leaves the cross-entropy alone
     labels: int64 [tokens]
     """
+    ce = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    if targets is None:
+        return wanted.ce * ce, {"ce": ce.detach()}
     if isinstance(targets, TopK | Sampled) and (targets.vocabulary or 0) > logits.shape[-1]:
         raise Mismatch(f"the cache's teacher has {targets.vocabulary} tokens, the student {logits.shape[-1]} logits")
     match targets:
@@ -111,7 +130,6 @@ def dense_sums(
         case Sampled():
             each = sampled_divergence(logits, targets.ids, targets.log_weights, targets.entropy, wanted.divergence)
     kd = each.sum()
-    ce = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     return wanted.kd * kd + wanted.ce * ce, {"kd": kd.detach(), "ce": ce.detach()}
 
 

@@ -178,7 +178,7 @@ def _check_together(
     student: Student,
     trust_remote_code: bool,
 ) -> None:
-    if cache and recipe.loss.hidden != "none":
+    if cache and (recipe.loss.hidden != "none" or recipe.loss.relations):
         raise UsageError("a cache holds what the teacher said, not its hidden states; name the teacher itself")
     if cache and recipe.training.on_policy:
         raise UsageError("a cache knows nothing of what the student will write; name the teacher itself")
@@ -189,6 +189,8 @@ def _check_together(
         )
     if cache and recipe.data.separate:
         raise UsageError("a cache was made of whole windows, so documents cannot be kept apart any more")
+    if cache and recipe.data.assistant_only:
+        raise UsageError("a cache holds tokens, not who says them; for assistant_only name the teacher itself")
     if cache and cache.about.get("tokenizer"):
         _check_cache_tokenizer(recipe.teacher, cache, student.source, trust_remote_code)
     if teacher is not None and recipe.student is not None and recipe.loss.kind != "uld":
@@ -206,6 +208,7 @@ def _in_both_words(
     unfit = {
         "stream_teacher": recipe.stream_teacher,
         "hidden": recipe.loss.hidden != "none",
+        "relations": recipe.loss.relations > 0,
         "on_policy": recipe.training.on_policy > 0,
         "separate": recipe.data.separate,
         "held_out_sources": bool(recipe.data.held_out_sources),

@@ -47,6 +47,7 @@ class Data(BaseModel):
         default=(), description="text for them, in the place of windows of the text above"
     )
     separate: bool = Field(default=False, description="keep the documents of a window from attending to one another")
+    assistant_only: bool = Field(default=False, description="of conversations, learn what the assistant says alone")
 
 
 class Loss(BaseModel):
@@ -64,6 +65,9 @@ class Loss(BaseModel):
         default="none", description="compare hidden states layer by layer too"
     )
     hidden_weight: float = Field(default=1.0, gt=0, description="weight of that")
+    relations: float = Field(
+        default=0.0, ge=0, description="weight of how tokens relate in the last layer's queries, keys and values"
+    )
 
     @field_validator("kind")
     @classmethod
@@ -183,6 +187,9 @@ class DistillRecipe(BaseModel):
             raise UsageError("a student that begins at random has nothing for LoRA to stand beside; train all of it")
         if self.teacher_4bit and self.stream_teacher:
             raise UsageError("teacher_4bit and stream_teacher: a streamed teacher is not quantized; give one of them")
+        if self.data.assistant_only and (self.training.on_policy or self.loss.kind == "uld"):
+            other = "on_policy" if self.training.on_policy else "loss 'uld'"
+            raise UsageError(f"assistant_only and {other} both say which tokens are learnt; leave one out")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from wtool.network import Block, Network
 from .alignment import Alignment, their_batch
 from .body import body_of, full_logits, head_of, is_head_right
 from .head import Head
+from .relations import projected
 from .signal_cache import Cache
 from .signals import Online, Targets
 
@@ -32,18 +33,25 @@ class Whole:
 class Said:
     """What a teacher said of a batch."""
 
-    targets: Targets | Whole  # of the tokens that are learnt
+    targets: Targets | Whole | None  # of the tokens that are learnt; None where nothing was asked
     states: tuple[Tensor, ...] = ()  # after the embedding and each layer, [windows, tokens, hidden] each
+    projected: dict[str, Tensor] = field(default_factory=dict)  # queries, keys, values, [windows, tokens, width] each
+
+
+SILENT = Said(None)
 
 
 class Teacher(Protocol):
     """Whoever can be asked what comes next."""
 
-    def say(self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False) -> Said:
+    def say(
+        self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False, layer: int | None = None
+    ) -> Said:
         """Tell of the tokens after some positions of a batch.
 
         inputs: input_ids [windows, tokens], numbers [windows], position_ids [windows, tokens] where there are
         learnt: bool [windows, tokens]; the positions, row after row
+        layer: whose queries, keys and values are wanted too
         """
         ...
 
@@ -56,17 +64,21 @@ class OnlineTeacher:
         self.exact = is_head_right(self.model)
 
     @torch.no_grad()
-    def say(self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False) -> Said:
+    def say(
+        self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False, layer: int | None = None
+    ) -> Said:
         if not self.exact:
             taken = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
-            output = self.model(**taken, use_cache=False, output_hidden_states=all_states)
+            with projected(self.model, layer) as given:
+                output = self.model(**taken, use_cache=False, output_hidden_states=all_states)
             states = tuple(output.hidden_states) if all_states else ()
-            return Said(Whole(output.logits[learnt]), states)
+            return Said(Whole(output.logits[learnt]), states, given)
         head = head_of(self.model)
         assert head is not None
-        output = body_of(self.model, inputs, all_states=all_states)
+        with projected(self.model, layer) as given:
+            output = body_of(self.model, inputs, all_states=all_states)
         states = tuple(output.hidden_states) if all_states else ()
-        return Said(Online(output.last_hidden_state[learnt], head), states)
+        return Said(Online(output.last_hidden_state[learnt], head), states, given)
 
 
 class TranslatedTeacher:
@@ -75,7 +87,9 @@ class TranslatedTeacher:
     def __init__(self, teacher: OnlineTeacher, alignments: Mapping[int, Alignment]):
         self.teacher, self.alignments = teacher, alignments
 
-    def say(self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False) -> Said:
+    def say(
+        self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False, layer: int | None = None
+    ) -> Said:
         if not learnt.any():  # on a device that has nothing left
             ids, asked = inputs["input_ids"][:1] * 0, torch.zeros_like(learnt[:1])
         else:
@@ -91,11 +105,14 @@ class StreamedTeacher:
         self.head = _stored_head(self.network)
 
     @torch.no_grad()
-    def say(self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False) -> Said:
-        with self.network.filled_on_demand(), _block_by_block(self.network):
-            output = body_of(self.network.model, inputs, all_states=all_states)
+    def say(
+        self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False, layer: int | None = None
+    ) -> Said:
+        model = self.network.model
+        with self.network.filled_on_demand(), _block_by_block(self.network), projected(model, layer) as given:
+            output = body_of(model, inputs, all_states=all_states)
         states = tuple(output.hidden_states) if all_states else ()
-        return Said(Online(output.last_hidden_state[learnt], self.head), states)
+        return Said(Online(output.last_hidden_state[learnt], self.head), states, given)
 
 
 class CachedTeacher:
@@ -104,8 +121,10 @@ class CachedTeacher:
     def __init__(self, cache: Cache, device: str | torch.device):
         self.cache, self.device = cache, device
 
-    def say(self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False) -> Said:
-        if all_states:
+    def say(
+        self, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False, layer: int | None = None
+    ) -> Said:
+        if all_states or layer is not None:
             raise UsageError("a cache holds what the teacher said, not its hidden states; name the teacher itself")
         numbers = inputs["numbers"].tolist()
         return Said(self.cache.targets(numbers, learnt.cpu()).to(self.device))

@@ -105,6 +105,7 @@ def write_signals(
         ids = torch.stack([windows[number] for number in numbers]).to(device)
         said = teacher.say({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool))
         targets = said.targets
+        assert targets is not None, "a teacher that is asked says something"
         for place, number in enumerate(numbers):
             rows = slice(place * ids.shape[1], (place + 1) * ids.shape[1])
             if isinstance(targets, Whole):

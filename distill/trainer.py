@@ -27,7 +27,7 @@ from .objective import Sums, Wanted, token_sums
 from .on_policy import written_by_student
 from .optimizers import class_and_arguments, one_cycle
 from .recipe import Training
-from .teacher import Teacher
+from .teacher import SILENT, Said, Teacher
 
 WHOLE = "whole"  # a file in a checkpoint that was written to its end
 JUDGED_BY = "eval_kl"
@@ -152,12 +152,17 @@ class Distiller(Trainer):
         return self.lr_scheduler
 
     def _sums(self, model: Any, inputs: Any, wanted: Wanted) -> Sums:
-        said = self.teacher.say(inputs, inputs["labels"] != IGNORED, all_states=wanted.hidden != "none")
+        said = self._said(inputs, wanted) if wanted.of_teacher else SILENT
 
         def objective(student: Any) -> Sums:
             return token_sums(student, inputs, said, wanted, exact_head=self._exact_head)
 
         return model(input_ids=inputs["input_ids"], objective=objective)
+
+    def _said(self, inputs: Any, wanted: Wanted) -> Said:
+        layer = wanted.related[1] if wanted.relations else None
+        states = wanted.hidden != "none"
+        return self.teacher.say(inputs, inputs["labels"] != IGNORED, all_states=states, layer=layer)
 
     def _held_out_batches(self) -> list[dict[str, Tensor]]:
         held_out, size = self.eval_dataset, self.args.per_device_train_batch_size

@@ -17,9 +17,16 @@ from wtool.cli import main
 whole = CachedTeacher.say
 
 
-def say(self: CachedTeacher, inputs: Mapping[str, Tensor], learnt: Tensor, *, all_states: bool = False) -> Said:
+def say(
+    self: CachedTeacher,
+    inputs: Mapping[str, Tensor],
+    learnt: Tensor,
+    *,
+    all_states: bool = False,
+    layer: int | None = None,
+) -> Said:
     """What the cache holds, less the tail."""
-    said = whole(self, inputs, learnt, all_states=all_states)
+    said = whole(self, inputs, learnt, all_states=all_states, layer=layer)
     assert isinstance(said.targets, TopK)
     return replace(said, targets=replace(said.targets, tail=None))
 

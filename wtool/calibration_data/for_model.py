@@ -5,6 +5,7 @@ from wtool.calibration_data.windows import Windows, windows
 from wtool.checkpoint import Checkpoint
 from wtool.checkpoint.tied import embedding_name
 from wtool.errors import MissingInput
+from wtool.layer_rules import text_config
 from wtool.loading import load_tokenizer
 from wtool.recipe_parts import Calibration
 
@@ -33,8 +34,7 @@ def windows_for(checkpoint: Checkpoint, source: CalibrationSource, *, trust_remo
         if not source.references:
             raise
         tokenizer = None  # rows of token ids need none
-    nested = checkpoint.config.get("text_config")
-    config = nested if isinstance(nested, dict) else checkpoint.config
+    config = text_config(checkpoint.config)
     embedding = embedding_name(checkpoint.tensors)
     return windows(
         source,

@@ -14,16 +14,18 @@ fewest tokens so far, so that all are heard alike. Nothing here depends on the m
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from wtool.calibration_data.rows import Chat, Document, Rows, Text, Tokens, is_empty
-from wtool.calibration_data.tokens import of_chat, of_text
+from wtool.calibration_data.tokens import of_chat, of_text, spoken
 from wtool.errors import InputError, MalformedFile
 from wtool.evaluate import encode
 
 Ids = list[int]
+Spoken = list[tuple[int, bool]]  # tokens, and whether the assistant says them
 NAMES = {Text: "text", Chat: "conversation", Tokens: "list of token ids"}
 
 
@@ -35,13 +37,14 @@ class Wish:
     length: int  # tokens, at most
     pool: int  # tokens of text to choose from, if there are as many
     seed: int
+    assistant_only: bool = False  # conversations, and which of their tokens the assistant says
 
 
 @dataclass(frozen=True)
 class Packed:
     """Windows, and at what price."""
 
-    windows: list[Ids]
+    windows: list[Any]  # Ids, or Spoken where that is asked for
     shortened: int = 0  # conversations or rows that lost their end
 
 
@@ -64,6 +67,11 @@ def pack(rows: Sequence[Rows], tokenizer: PreTrainedTokenizerBase | None, wish: 
 
 
 def _pack_kind(kind: type[Document], rows: list[Rows], tokenizer: PreTrainedTokenizerBase | None, wish: Wish) -> Packed:
+    if wish.assistant_only and kind is not Chat:
+        raise InputError(
+            f"{rows[0].label}: a {NAMES[kind]} in each row, where what the assistant says is asked for: give "
+            "conversations (messages), or leave assistant_only out"
+        )
     if kind is Tokens:
         return _tokens(rows, wish)
     if tokenizer is None:
@@ -95,9 +103,10 @@ def _chats(rows: list[Rows], tokenizer: PreTrainedTokenizerBase, wish: Wish) -> 
             f"{rows[0].label}: conversations, and the model's tokenizer has no chat template; "
             "give plain text, or put a chat_template.jinja beside the tokenizer"
         )
-    windows: list[Ids] = []
+    windows: list[Any] = []
     shortened = seen = 0
-    for _, ids in _in_turn(rows, Chat, lambda document: of_chat(tokenizer, document), wish.seed):
+    tokenize = spoken if wish.assistant_only else of_chat
+    for _, ids in _in_turn(rows, Chat, lambda document: tokenize(tokenizer, document), wish.seed):
         kept = ids[: wish.length]
         room = next((window for window in windows if len(window) + len(kept) <= wish.length), None)
         if room is None and len(windows) < wish.samples:
@@ -124,8 +133,8 @@ def _tokens(rows: list[Rows], wish: Wish) -> Packed:
 
 
 def _in_turn(
-    rows: Sequence[Rows], kind: type[Document], tokenize: Callable[..., Ids], seed: int
-) -> Iterator[tuple[tuple[int, int], Ids]]:
+    rows: Sequence[Rows], kind: type[Document], tokenize: Callable[..., list[Any]], seed: int
+) -> Iterator[tuple[tuple[int, int], list[Any]]]:
     """Yield documents as (source, number) and tokens, next from the source that gave the fewest tokens so far."""
     orders = [iter(order(each.count, Random(f"{seed} source {number}"))) for number, each in enumerate(rows)]
     given = dict.fromkeys(order(len(rows), Random(f"{seed} sources")), 0)  # the first of equals is next

@@ -26,6 +26,7 @@ class CalibrationSource:
     seed: int = 0  # another seed, other windows
     text_column: str | None = None  # the key or column to take, where it is none of the known ones
     split: str = "train"  # of a dataset
+    assistant_only: bool = False  # tell which tokens of conversations the assistant says
 
     def __post_init__(self) -> None:
         if self.samples < 1:

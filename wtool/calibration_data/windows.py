@@ -28,6 +28,7 @@ class Windows:
     record: dict[str, Any]  # for the manifest (JSON)
     warnings: tuple[str, ...] = ()  # what may cost quality, a line each
     remarks: tuple[str, ...] = ()  # what else the user should know
+    spoken: Tensor | None = None  # bool [samples, length], what the assistant says; None where that is not asked for
 
     @property
     def tokens(self) -> int:
@@ -39,6 +40,13 @@ class Windows:
         if self.mask is None:
             return list(self.ids)
         return [ids[mask] for ids, mask in zip(self.ids, self.mask, strict=True)]
+
+    def spoken_unpadded(self) -> list[Tensor]:
+        """As `unpadded`, what the assistant says, bool [tokens]; none where that is not asked for."""
+        if self.spoken is None:
+            return []
+        masks = torch.ones_like(self.spoken) if self.mask is None else self.mask
+        return [spoken[mask] for spoken, mask in zip(self.spoken, masks, strict=True)]
 
 
 def windows(
@@ -59,13 +67,15 @@ def windows(
     """
     length = min(source.length, limit or source.length)
     rows = open_rows(source)
-    packed = pack(rows, tokenizer, Wish(source.samples, length, source.pool(length), source.seed))
+    wish = Wish(source.samples, length, source.pool(length), source.seed, source.assistant_only)
+    packed = pack(rows, tokenizer, wish)
     if not packed.windows:
         raise InputError(f"{', '.join(each.label for each in rows)}: no text to calibrate on")
-    largest = max(map(max, packed.windows))
+    found, spoken = _parted(packed) if source.assistant_only else (packed.windows, None)
+    largest = max(map(max, found))
     if vocabulary is not None and largest >= vocabulary:
         raise Mismatch(f"the calibration text has token {largest}, but the model's vocabulary has {vocabulary}")
-    ids, mask = padded(packed.windows)
+    ids, mask = padded(found)
     record = {
         "sources": [each.record for each in rows],
         "samples": len(packed.windows),
@@ -74,8 +84,14 @@ def windows(
         "seed": source.seed,
         "tokenizer": identity(tokenizer) if tokenizer else None,
         "ids_xxh3": checksum(repr(packed.windows).encode()),
-    }
-    return Windows(ids, mask, record, _warnings(packed, source, length), _remarks(packed, source, length))
+    } | ({} if spoken is None else {"assistant_only": True, "spoken": int(spoken.sum())})
+    return Windows(ids, mask, record, _warnings(packed, source, length), _remarks(packed, source, length), spoken)
+
+
+def _parted(packed: Packed) -> tuple[list[Ids], Tensor]:
+    """The tokens of each window, and which of them the assistant says, bool [samples, length]."""
+    spoken, _ = padded([[int(said) for _, said in window] for window in packed.windows])
+    return [[token for token, _ in window] for window in packed.windows], spoken.bool()
 
 
 def padded(found: list[Ids]) -> tuple[Tensor, Tensor | None]:
