@@ -12,7 +12,7 @@ from wtool.linear_names import linear_layers
 from .candidate import Candidate
 from .cut import cut
 from .families import family_of
-from .recipe import PruneRecipe
+from .recipe import BUDGETS, PruneRecipe
 from .structure import Kept, Shape, axes_of, place_of, shape_of
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .importance import Importance
 
 WIDTHS = ("hidden", "ffn", "heads", "kv_heads", "experts", "expert_ffn")
+NO_BUDGET: dict[str, Any] = dict.fromkeys(BUDGETS)
 TOKENS = 4096  # that losses without some layers are measured on
 TOGETHER = 8  # rows of 16 bytes, which torch's grouped product of experts demands
 Start = Callable[[str, int], Callable[[int], None]]
@@ -225,14 +226,14 @@ def searched(
     where: "Where",
     start: Start,
 ) -> PruneRecipe:
-    """The recipe with the sizes that were found for its budget of parameters.
+    """The recipe with the sizes that were found for its budget of parameters or bytes.
 
     raises: UsageError where there are none
     """
     from . import search
     from .depth import removals
 
-    assert recipe.params is not None
+    assert recipe.budget is not None
     shape = shape_of(source.config)
     inner = "experts" if shape.experts and len(shape.dense) < shape.layers else "ffn"
     whole = search.Sizes(shape.layers, getattr(shape, inner), shape.kv_heads)
@@ -243,7 +244,7 @@ def searched(
         gone = {layer for layer, _ in order[: shape.layers - sizes.layers]}
         layers = tuple(layer for layer in range(shape.layers) if layer not in gone)
         kv = None if sizes.kv_heads == shape.kv_heads else sizes.kv_heads
-        return recipe.model_copy(update={"params": None, "layers": layers, inner: sizes.inner, "kv_heads": kv})
+        return recipe.model_copy(update=NO_BUDGET | {"layers": layers, inner: sizes.inner, "kv_heads": kv})
 
     def loss(sizes: search.Sizes) -> float:
         kept = by_importance(sized(sizes), source, found, windows, where, start)
@@ -251,7 +252,8 @@ def searched(
 
     def count(sizes: search.Sizes) -> int:
         small = sized(sizes).model_copy(update={"layers": tuple(range(sizes.layers))})
-        return Candidate(source, first(small, source)).parameters
+        candidate = Candidate(source, first(small, source))
+        return candidate.nbytes if recipe.params is None else candidate.parameters
 
     base = loss(whole)
     costs = search.Costs(
@@ -260,7 +262,8 @@ def searched(
         {size: loss(replace(whole, kv_heads=size)) - base for size in _fitting_heads(source, recipe, shape)},
     )
     least = search.Sizes(1, min(costs.inner), min(costs.kv_heads))
-    return sized(search.best(costs, search.parameter_count(count, whole, least), recipe.params, loss))
+    unit = "bytes" if recipe.params is None else "parameters"
+    return sized(search.best(costs, search.parameter_count(count, whole, least), recipe.budget, loss, unit=unit))
 
 
 def _fitting_heads(source: Checkpoint, recipe: PruneRecipe, shape: Shape) -> list[int]:
@@ -269,7 +272,7 @@ def _fitting_heads(source: Checkpoint, recipe: PruneRecipe, shape: Shape) -> lis
     for size in (shape.kv_heads, shape.kv_heads - 1, shape.kv_heads - 2):
         try:
             if size > 0:
-                cut(source, first(recipe.model_copy(update={"params": None, "kv_heads": size}), source))
+                cut(source, first(recipe.model_copy(update=NO_BUDGET | {"kv_heads": size}), source))
                 found.append(size)
         except UsageError:
             continue

@@ -29,6 +29,7 @@ def prune(
     experts: Annotated[int | None, typer.Option(help="experts of each layer to keep")] = None,
     expert_ffn: Annotated[int | None, typer.Option(help="channels inside each expert to keep")] = None,
     params: Annotated[str | None, typer.Option(help="find sizes of at most so many parameters (1.2B, 90M)")] = None,
+    size: Annotated[str | None, typer.Option(help="find sizes whose weights take at most that (120MB, 2GB)")] = None,
     depth_score: Annotated[
         str | None, typer.Option(help="perplexity, block-influence, angular or last [default: perplexity]")
     ] = None,
@@ -110,6 +111,7 @@ def prune(
         "experts": experts,
         "expert_ffn": expert_ffn,
         "params": None if params is None else _count(params),
+        "size": None if size is None else parse_size(size),
         "depth_score": depth_score,
         "expert_score": expert_score,
         "compensate": compensate,

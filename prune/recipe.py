@@ -45,6 +45,7 @@ EXPERT_SCORES: dict[str, str] = {
     "frequency": "how many tokens are routed to it",
 }
 SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "expert_ffn")
+BUDGETS = ("params", "size")  # sizes are found for one of them
 
 
 class PruneRecipe(BaseModel):
@@ -66,6 +67,9 @@ class PruneRecipe(BaseModel):
     experts: int | None = Field(default=None, ge=1, description="structure: experts of each layer to keep")
     expert_ffn: int | None = Field(default=None, ge=1, description="structure: channels inside each expert to keep")
     params: int | None = Field(default=None, ge=1, description="structure: find sizes with at most so many parameters")
+    size: int | None = Field(
+        default=None, ge=1, description="structure: find sizes whose weights take at most so many bytes"
+    )
     depth_score: str = Field(
         default="perplexity", description="which layers go", json_schema_extra=one_of(DEPTH_SCORES)
     )
@@ -127,8 +131,13 @@ class PruneRecipe(BaseModel):
     @property
     def by_text(self) -> bool:
         """Whether it takes text to tell what of the structure stays."""
-        widths = any(getattr(self, name) is not None for name in (*SIZES[1:], "params"))
+        widths = any(getattr(self, name) is not None for name in (*SIZES[1:], *BUDGETS))
         return widths or self.rotate or (isinstance(self.layers, int) and self.depth_score != "last")
+
+    @property
+    def budget(self) -> int | None:
+        """Of parameters or of bytes, for which sizes are to be found."""
+        return self.size if self.params is None else self.params
 
     @property
     def grid(self) -> Grid | None:
@@ -159,7 +168,9 @@ class PruneRecipe(BaseModel):
     def _fits_together(self) -> "PruneRecipe":
         if self.rotate and self.hidden is None:
             raise UsageError("'rotate' turns the residual stream so that its last directions can go: give 'hidden' too")
-        sizes = [key for key in (*SIZES, "params") if getattr(self, key) is not None]
+        if self.params is not None and self.size is not None:
+            raise UsageError("'params' and 'size' are two budgets for the sizes to find: give one of them")
+        sizes = [key for key in (*SIZES, *BUDGETS) if getattr(self, key) is not None]
         amounts = [key for key in ("sparsity", "pattern", "rank_ratio") if getattr(self, key) is not None]
         if self.method is None:
             if amounts:
@@ -167,7 +178,7 @@ class PruneRecipe(BaseModel):
             if self.statistics is not None:
                 raise UsageError("statistics are for methods: which sizes to keep is found on calibration text")
             if not sizes:
-                raise UsageError(f"what is to go? give sizes to keep ({', '.join(SIZES)} or params), or a method")
+                raise UsageError(f"what is to go? give sizes to keep ({', '.join(SIZES)}, params or size), or a method")
             return self
         if sizes:
             raise UsageError(f"'{sizes[0]}' and method '{self.method}' are two prunings: do one after the other")

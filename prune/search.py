@@ -1,4 +1,4 @@
-"""Finding the sizes for a budget of parameters, by what each costs in loss.
+"""Finding the sizes for a budget of parameters or bytes, by what each costs in loss.
 
 The loss is measured for a few sizes of each kind alone: with one layer less after the other, with fewer channels in the
 feed-forward blocks, with fewer key-value heads. The rise of several cuts at once is taken to be the sum of their rises;
@@ -49,10 +49,13 @@ def best(
     parameters: Callable[[Sizes], int],
     budget: int,
     measured: Callable[[Sizes], float],
+    *,
+    unit: str = "parameters",
 ) -> Sizes:
     """The sizes with the lowest loss within a budget.
 
-    parameters: of a model with these sizes
+    parameters: of a model with these sizes, or its bytes
+    unit: what the budget is of
     measured: the loss of such a model
     raises: UsageError where even the smallest sizes are too large
     """
@@ -61,7 +64,7 @@ def best(
     if not fitting:
         least = min(parameters(sizes) for sizes in everything)
         raise UsageError(
-            f"{budget:,} parameters: the smallest of the sizes that are tried has {least:,}; "
+            f"{budget:,} {unit}: the smallest of the sizes that are tried has {least:,}; "
             "for less give sizes yourself, with fewer hidden channels among them"
         )
     finalists = sorted(fitting, key=lambda sizes: (costs.of(sizes), -parameters(sizes)))[:FINALISTS]
@@ -73,7 +76,7 @@ def _all(costs: Costs) -> Iterator[Sizes]:
 
 
 def parameter_count(count: Callable[[Sizes], int], whole: Sizes, least: Sizes) -> Callable[[Sizes], int]:
-    """The parameters as a function of sizes, from a few counts: outside + layers · (a + b · inner + c · heads).
+    """Parameters, or bytes, as a function of sizes, from a few counts: outside + layers · (a + b · inner + c · heads).
 
     count: of a model with these sizes, exact and slow
     least: the smallest sizes that can be counted

@@ -69,7 +69,7 @@ def run_sizes(
     if recipe.rotate:
         assert found is not None
         seen, found = _rotated(recipe, source, found, windows, where, start)
-    if recipe.params is not None:
+    if recipe.budget is not None:
         assert found is not None
         recipe = searched(recipe, seen, found, windows, where, start)
     kept = by_importance(recipe, source, found, windows, where, start)  # which a rotation would only make slower
@@ -168,7 +168,7 @@ def _importance(
     from .importance import observe
 
     by_state = isinstance(recipe.layers, int) and recipe.depth_score in ("block-influence", "angular")
-    if recipe.params is None and not by_state and not any(getattr(recipe, name) is not None for name in WIDTHS):
+    if recipe.budget is None and not by_state and not any(getattr(recipe, name) is not None for name in WIDTHS):
         return None
     return observe(
         source, windows, where, lambda steps: start("looking at the model", steps), second_moment=recipe.rotate

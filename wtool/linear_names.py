@@ -12,6 +12,7 @@ from typing import Any
 from wtool.checkpoint.base import Checkpoint, TensorInfo
 from wtool.checkpoint.tied import head_name
 from wtool.dtypes import FLOATS
+from wtool.layer_rules import text_config
 
 LAYER = re.compile(r"^(.*?\.|)(\d+)\.")  # the first number among a name's parts is the layer's
 NO_LINEAR = re.compile(
@@ -42,8 +43,7 @@ def linear_layers(checkpoint: Checkpoint) -> tuple[dict[str, LinearLayer], dict[
     returns: the layers by their tensors' names; and of the other matrices why they are none, by name
     """
     config = checkpoint.config
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else config
+    text = text_config(config)
     stack = longest_stack(checkpoint.tensors)
     depth = next((text[key] for key in ("num_hidden_layers", "n_layer", "num_layers") if key in text), None)
     transposed = config.get("model_type") in TRANSPOSED

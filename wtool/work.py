@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from wtool.checkpoint.base import Checkpoint
+from wtool.layer_rules import text_config
 from wtool.linear_names import LAYER, LinearLayer, linear_layers
 
 FLOAT = 4  # bytes of the type that is computed in
@@ -47,6 +48,5 @@ def _inputs(block: list[tuple[int, int]]) -> list[int]:
 
 
 def _hidden(config: Mapping[str, Any]) -> int:
-    nested = config.get("text_config")
-    text = nested if isinstance(nested, dict) else config
+    text = text_config(config)
     return next((text[key] for key in HIDDEN if isinstance(text.get(key), int)), 0)

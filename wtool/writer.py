@@ -21,6 +21,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ import xxhash
 
 from wtool.checkpoint.made import MANIFEST as MANIFEST
 from wtool.dtypes import torch_dtype
-from wtool.errors import DiskFull, OutputError, OutputExists, UnfinishedWork
+from wtool.errors import DiskFull, OutputError, OutputExists, UnfinishedWork, UsageError
 from wtool.placed_file import PlacedFile
 from wtool.shards import INDEX, Shard, index_of
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 DOWNLOADS = "downloads"  # inputs that are here only while they are read
 PARTS = "parts"
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")  # what is left of s3:// in a path
 _line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # making an encoder a line takes longer
 
 
@@ -264,7 +266,16 @@ def take_lock(work: Path, out: Path) -> int:
 
 
 def work_folder(out: Path) -> Path:
-    """The hidden folder beside an output that holds it while it is being written."""
+    """The hidden folder beside an output that holds it while it is being written.
+
+    raises: UsageError where the output is the address of an object store, which is no folder
+    """
+    for place, part in enumerate(out.parts):
+        if SCHEME.fullmatch(part) and not Path(*out.parts[: place + 1]).is_dir():
+            raise UsageError(
+                f"{'/'.join(out.parts[place:])}: an address, not a folder; tensors are written at their offsets and "
+                "the result is renamed, which object stores cannot do: mount it, or copy the finished folder"
+            )
     return out.parent / f".{out.name}.wtool"
 
 

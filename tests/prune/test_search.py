@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pruned_models import manifest, opened
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from prune.candidate import Candidate
@@ -94,6 +95,38 @@ def test_a_budget_is_kept(name: str, budget: int, full: Full, prune: Prune) -> N
     held = sum(info.elements for info in open_checkpoint(str(out)).tensors.values())
     assert held <= budget == manifest(out)["recipe"]["prune"]["params"]
     assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_a_budget_of_bytes_is_kept_by_the_weights_on_disk(full: Full, prune: Prune) -> None:
+    _, folder = full("llama")
+    whole = open_checkpoint(str(folder)).nbytes
+    out = prune(folder, "--size", f"{round(0.8 * whole)}B")
+    held = sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
+    assert 0.4 * whole < held <= round(0.8 * whole) == manifest(out)["recipe"]["prune"]["size"]
+    assert opened(out)(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--size", "2KB"), "2,000 bytes: the smallest of the sizes that are tried has"),
+        (("--size", "1MB", "--params", "1M"), "'params' and 'size' are two budgets for the sizes to find: give one"),
+        (("--size", "much"), "'much' is not a size"),
+        (("--size", "1MB", "-m", "magnitude", "--sparsity", "0.5"), "'size' and method 'magnitude' are two prunings"),
+    ],
+)
+def test_a_budget_of_bytes_that_cannot_be_meant(
+    flags: tuple[str, ...],
+    line: str,
+    full: Full,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, folder = full("llama")
+    calib = ["--calib", str(text), "--samples", "2", "--seqlen", "16", "-q"] if len(flags) == 2 else []
+    assert run(["prune", str(folder), *flags, *calib, "-o", str(tmp_path / "out")]) == 2
+    assert line in capsys.readouterr().err
 
 
 def test_a_budget_that_cannot_be_kept(

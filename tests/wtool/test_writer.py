@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from wtool.checkpoint.base import TensorInfo
 from wtool.dtypes import dtype_name
-from wtool.errors import DiskFull, OutputExists, UnfinishedWork
+from wtool.errors import DiskFull, OutputExists, UnfinishedWork, UsageError
 from wtool.shards import plan_shards
 from wtool.writer import MANIFEST, Writer, is_complete, work_folder
 
@@ -176,3 +177,21 @@ def test_the_package_itself_would_write_the_same_tensors(tmp_path):
         writer.commit({})
     theirs, ours = load_file(tmp_path / "theirs.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(theirs[name], ours[name]) for name in TENSORS)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/out", "memory://out", "abfs://box@account/a/b"])
+def test_an_object_store_is_no_place_to_write(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(address), Path(address).resolve()):
+        with pytest.raises(UsageError, match=f"^{address.replace('//', '/')}: an address, not a folder; .* mount it"):
+            Writer(out, plan_shards(INFOS, 10**9), "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_be_called_like_a_store(tmp_path):
+    (tmp_path / "s3:").mkdir()
+    with Writer(tmp_path / "s3:" / "out", plan_shards(INFOS, 10**9), "x") as writer:
+        write_all(writer)
+        writer.commit({})
+    found = load_file(tmp_path / "s3:" / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())

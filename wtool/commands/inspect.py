@@ -104,8 +104,9 @@ def _kind(names: Iterable[str]) -> str:
 
 def config_summary(config: Mapping[str, Any]) -> dict[str, Any]:
     """The few entries of config.json that describe the network, under one name for all families."""
-    nested = config.get("text_config")
-    entries = {**config, **nested} if isinstance(nested, dict) else config
+    from wtool.layer_rules import text_config
+
+    entries = {**config, **text_config(config)}
     found = {key: config[key] for key in ("model_type", "architectures") if config.get(key) is not None}
     for key, names in CONFIG.items():
         value = next((entries[name] for name in names if entries.get(name) is not None), None)
