@@ -2,7 +2,8 @@
 
     python benchmarks/quantize_peers/texts.py MODEL SHAKESPEARE TEXTS     # once
     python benchmarks/quantize.py MODEL TEXTS --llmcompressor PYTHON --gptqmodel PYTHON [--autoround PYTHON]
-        [--bits 4,3] [--groups 64,32] [--seeds 0] [--folder bench-quantize] [--json RESULTS]
+        [--methods wtool,wtool-signround,autoround] [--iters 50] [--batch 4] [--samples 32] [--bits 4,3]
+        [--groups 64,32] [--seeds 0] [--folder bench-quantize] [--json RESULTS]
 
 Each PYTHON is the interpreter of an environment that holds that tool; a tool without one is left out. All quantize the
 same checkpoint from the same calibration tokens, as whole processes, one after the other. Memory is a process's highest
@@ -27,8 +28,9 @@ from pathlib import Path
 PEERS = Path(__file__).parent / "quantize_peers"
 WTOOL = (
     "-m wtool quantize {model} --method gptq --bits {bits} --group-size {group} "
-    "--calib {ids} --samples 32 --seqlen 512 -o {out} --json"
+    "--calib {ids} --samples {samples} --seqlen 512 -o {out} --json"
 )
+SIGNROUND = WTOOL.replace("gptq", "signround") + " --iters {iters} --batch {batch}"
 WTOOL_IMPORTS = "import torch, safetensors.torch; from transformers import AutoModelForCausalLM, AutoTokenizer"
 VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 
@@ -69,7 +71,8 @@ class Case:
 def tools(arguments: argparse.Namespace) -> list[Tool]:
     """wtool, the floor, and the peers that have an interpreter."""
     own = (sys.executable, tuple(WTOOL.split()), ("-c", WTOOL_IMPORTS), ("torch", "transformers", "safetensors"))
-    found = [Tool("wtool", *own)]
+    learned = (own[0], tuple(SIGNROUND.split()), *own[2:])
+    found = [Tool("wtool", *own), Tool("wtool-signround", *learned)]
     peers = [
         ("llmcompressor", arguments.llmcompressor, ("llmcompressor", "torch", "transformers", "compressed-tensors")),
         ("gptqmodel", arguments.gptqmodel, ("gptqmodel", "torch", "transformers")),
@@ -78,12 +81,18 @@ def tools(arguments: argparse.Namespace) -> list[Tool]:
     for name, python, packages in peers:
         if python:
             found.append(_script(name, python, f"run_{name}.py", packages))
-    return [*found, _script("floor", sys.executable, "floor.py", ())]
+    found.append(_script("floor", sys.executable, "floor.py", ()))
+    wanted = [tool.name for tool in found] if arguments.methods is None else arguments.methods.split(",")
+    if unknown := set(wanted) - {tool.name for tool in found}:
+        raise SystemExit(f"--methods: no tool {', '.join(sorted(unknown))}; a peer needs its --NAME PYTHON")
+    return [tool for tool in found if tool.name in wanted]
 
 
 def _script(name: str, python: str, file: str, packages: tuple[str, ...]) -> Tool:
     script = str(PEERS / file)
-    return Tool(name, python, (script, "{model}", "{out}", "{ids}", "{bits}", "{group}"), (script,), packages)
+    places = ["{model}", "{out}", "{ids}", "{bits}", "{group}"]
+    places += ["{iters}", "{batch}"] if name == "autoround" else []
+    return Tool(name, python, (script, *places), (script,), packages)
 
 
 def measure(command: list[str], log: Path) -> Usage:
@@ -121,18 +130,30 @@ def _watch(pid: int, highest: dict[str, int], ended: threading.Event) -> None:
                 highest[field] = max(highest[field], 1024 * int(value.split()[0]))
 
 
-def run_case(case: Case, tools: list[Tool], model: Path, texts: Path, folder: Path, repeat: int) -> dict[str, Usage]:
-    """Every tool's best of some runs, in turn; the outputs stay in the folder."""
+def run_case(
+    case: Case, tools: list[Tool], model: Path, texts: Path, folder: Path, repeat: int, numbers: dict[str, int]
+) -> dict[str, Usage]:
+    """Every tool's best of some runs, in turn; the outputs stay in the folder.
+
+    numbers: samples, and the iters and batch of learned rounding
+    """
     best: dict[str, Usage] = {}
     for _, tool in product(range(repeat), tools):
         out = folder / f"{tool.name}-{case}"
         shutil.rmtree(out, ignore_errors=True)
-        ids = texts / f"calib-s{case.seed}.jsonl"
-        places = {"model": model, "out": out, "ids": ids, "bits": case.bits, "group": case.group}
+        ids = _first(texts / f"calib-s{case.seed}.jsonl", numbers["samples"], folder)
+        places = {"model": model, "out": out, "ids": ids, "bits": case.bits, "group": case.group, **numbers}
         command = [tool.python, *(part.format(**places) for part in tool.command)]
         usage = measure(command, out.with_suffix(".log"))
         best[tool.name] = min(usage, best.get(tool.name, usage), key=lambda u: u.seconds)
     return best
+
+
+def _first(ids: Path, samples: int, folder: Path) -> Path:
+    """The first rows of a file, as a file: all tools are to see the same."""
+    part = folder / f"{ids.stem}-{samples}.jsonl"
+    part.write_text("".join(ids.read_text().splitlines(keepends=True)[:samples]))
+    return part
 
 
 def evaluate(cases: list[Case], tools: list[Tool], model: Path, texts: Path, folder: Path) -> dict[str, dict]:
@@ -151,19 +172,19 @@ def print_case(case: Case, used: dict[str, Usage], imports: dict[str, Usage], qu
     names = [*(name for name in used if name != "floor"), f"rtn:{case.bits}:{case.group}"]
     texts = list(quality["full"])
     print(f"\n{case}: KL to the full model on each text, nats a token")
-    print(f"{'':14}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'anonymous':>10}" + "".join(f"{t:>13}" for t in texts))
+    print(f"{'':16}{'wall s':>8}{'CPU s':>8}{'peak MB':>9}{'anonymous':>10}" + "".join(f"{t:>13}" for t in texts))
     columns: dict[str, list[float]] = {}
-    for name in [*names, "floor"]:
+    for name in [*names, *(["floor"] if "floor" in used else [])]:
         row = [*spent(used[name], imports[name])] if name in used else [0.0] * 4
         row += [quality[key][text]["kl"] for key in (f"{name}-{case}", name) if key in quality for text in texts]
         columns[name] = row
         widths = [f"{row[0]:8.1f}{row[1]:8.1f}{row[2]:9.0f}{row[3]:10.0f}" if name in used else " " * 35]
-        print(f"{name:14}" + "".join(widths + [f"{kl:13.4f}" for kl in row[4:]]))
+        print(f"{name:16}" + "".join(widths + [f"{kl:13.4f}" for kl in row[4:]]))
     gptqs = [columns[name] for name in ("llmcompressor", "gptqmodel") if name in columns]
-    if gptqs:
+    if gptqs and "wtool" in columns:
         ratios = [ours / min(theirs) for ours, *theirs in zip(columns["wtool"], *gptqs, strict=True)]
         line = "".join(f"{ratio:{width}.2f}" for ratio, width in zip(ratios, [8, 8, 9, 10] + [13] * 9, strict=False))
-        print(f"{'wtool / best':14}{line}")
+        print(f"{'wtool / best':16}{line}")
 
 
 def spent(usage: Usage, imports: Usage) -> tuple[float, float, float, float]:
@@ -202,6 +223,10 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="what quantize_peers/texts.py wrote")
     for name in ("llmcompressor", "gptqmodel", "autoround"):
         parser.add_argument(f"--{name}", metavar="PYTHON")
+    parser.add_argument("--methods", help="some of the tools alone, e.g. wtool,wtool-signround,autoround")
+    parser.add_argument("--iters", type=int, default=50, help="of learned rounding, ours and auto-round's")
+    parser.add_argument("--batch", type=int, default=4, help="samples a step, of the same")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows, of 512 tokens")
     parser.add_argument("--bits", default="4")
     parser.add_argument("--groups", default="64")
     parser.add_argument("--seeds", default="0")
@@ -217,7 +242,8 @@ def main() -> None:
     places = (arguments.model, arguments.texts, arguments.folder)
     log = arguments.folder / "imports.log"
     imports = {tool.name: measure([tool.python, *tool.imports], log) for tool in every_tool}
-    used = {case: run_case(case, every_tool, *places, arguments.repeat) for case in cases}
+    numbers = {name: getattr(arguments, name) for name in ("samples", "iters", "batch")}
+    used = {case: run_case(case, every_tool, *places, arguments.repeat, numbers) for case in cases}
     quality = evaluate(cases, every_tool, *places)
     for case in cases:
         print_case(case, used[case], imports, quality)

@@ -36,9 +36,13 @@ class Quantizing(Change[Gram]):
         return Gram(features, device)
 
     def site(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> Sequence[Made]:
+        return [made_of(found) for found in self.found(tensors, weights, gathered)]
+
+    def found(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> list["Found"]:
+        """What becomes of linears that share an input."""
         tokens, dropped = gathered.tokens, gathered.dropped
         gram = gathered.finish()
-        made: dict[str, Made] = {}
+        found: dict[str, Found] = {}
         weight_of = dict(zip(tensors, weights, strict=True))
         for alike in _alike(self.recipe, self.plan, tensors):
             layer = self.plan.layers[alike[0]]
@@ -47,13 +51,14 @@ class Quantizing(Change[Gram]):
             outcome = by_rows(self.ranks, weight, work)
             pieces = split(outcome.quantized, [len(weight_of[name]) for name in alike])
             for name, quantized in zip(alike, pieces, strict=True):
-                made[name] = _made(self.plan.layers[name], quantized, gram, outcome, tokens, dropped)
-        return [made[name] for name in tensors]
+                own = replace(outcome, quantized=quantized)
+                found[name] = Found(self.plan.layers[name], own, gram, tokens, dropped)
+        return [found[name] for name in tensors]
 
     def unseen(self, tensor: str, weight: Tensor, why: str) -> Made:
         layer = self.plan.layers[tensor]
         quantized = rounded(weight, layer, self.recipe)
-        return _made(layer, quantized, None, Outcome(quantized, None, why, weight.shape[1]), 0, 0)
+        return made_of(Found(layer, Outcome(quantized, None, why, weight.shape[1]), None, 0, 0))
 
     def decode(self, tensor: str, written: Mapping[str, Tensor]) -> Tensor:
         layer = self.plan.layers[tensor]
@@ -62,13 +67,22 @@ class Quantizing(Change[Gram]):
         return layer.format.decode(tensors, layer.scheme, layer.linear.shape).values()
 
 
-def _made(layer: Layer, quantized: Quantized, gram: Tensor | None, outcome: Outcome, tokens: int, dropped: int) -> Made:
-    own = replace(outcome, quantized=quantized)
-    return Made(
-        quantized.values(),
-        partial(_encode, layer, quantized),
-        partial(explain, gram=gram, outcome=own, layer=layer, tokens=tokens, dropped=dropped),
-    )
+@dataclass(frozen=True)
+class Found:
+    """A linear quantized, and what was seen of its input."""
+
+    layer: Layer
+    outcome: Outcome
+    gram: Tensor | None  # float32 [in, in]; None where nothing is known of it
+    tokens: int
+    dropped: int
+
+
+def made_of(found: Found) -> Made:
+    quantized = found.outcome.quantized
+    told = {"gram": found.gram, "outcome": found.outcome, "layer": found.layer}
+    explained = partial(explain, **told, tokens=found.tokens, dropped=found.dropped)
+    return Made(quantized.values(), partial(_encode, found.layer, quantized), explained)
 
 
 def _encode(layer: Layer, quantized: Quantized) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ import yaml
 from wtool import __version__
 from wtool.checkpoint import Checkpoint
 from wtool.formats import Scheme
+from wtool.formats.fp8 import Fp8
 
 
-def model_card(record: Mapping[str, Any], source: Checkpoint, schemes: Sequence[Scheme]) -> str:
+def model_card(record: Mapping[str, Any], source: Checkpoint, schemes: Sequence[Scheme | Fp8]) -> str:
     """The text of README.md. Only a name on the Hub goes into its front matter: a local path means nothing there."""
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["quantized", "wtool", record["method"]]}
     if source.revision:

@@ -18,11 +18,20 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 EPILOG = """\
-Methods: gptq, awq and awq+gptq (calibrated), rtn (rounding alone; needs no text and no model).
+Methods: gptq, awq, awq+gptq and signround (calibrated), rtn (rounding alone; needs no text and no model).
 Calibration: text files, JSONL (text, messages or input_ids), datasets of the Hub; without --calib the text that
 Python carries. --ignore and --layer-bits take a part of a module's name, or a regular expression after "re:".
+--scheme fp8-dynamic (or fp8-block, fp8-tensor) writes FP8, without text; its name says all of the numbers.
 --format gguf --type Q4_K_M writes one file for llama.cpp, with or without --stats; its type says all else.
 A stopped quantization goes on where it was when the same command is run again."""
+
+
+def number_of_bits(text: str) -> int | float:
+    """A number of bits; with a point it is an average."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': give 2, 3, 4, 5, 6 or 8, or an average with a point, as 3.5") from None
 
 
 @app.command(epilog=EPILOG)
@@ -31,9 +40,28 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint to quantize, or a recipe file (YAML)")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="gptq, awq, awq+gptq or rtn [default: gptq]")
+        str | None, typer.Option("--method", "-m", help="gptq, awq, awq+gptq, signround or rtn [default: gptq]")
     ] = None,
-    bits: Annotated[int | None, typer.Option("--bits", "-b", help="2, 3, 4, 5, 6 or 8 [default: 4]")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            "-b",
+            parser=number_of_bits,
+            metavar="NUMBER",
+            help="2, 3, 4, 5, 6 or 8; with a point, as 3.5, an average to be spread over layers [default: 4]",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="of all weights on disk, as 4GB, in the place of bits")
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option("--candidate", metavar="BITS[/GROUP]", help="what layers may get where bits are spread"),
+    ] = None,
+    save_allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the recipe with every layer's bits (YAML)")
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option("--group-size", "-g", help="inputs that share a scale; -1: a row [default: 128]")
     ] = None,
@@ -43,7 +71,10 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", "-f", help="compressed-tensors, gptq, gptq_v2, awq, gguf [default: the first]"),
+        typer.Option("--format", "-f", help="compressed-tensors, gptq, gptq_v2, awq, fp8, gguf [default: the first]"),
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="FP8: fp8-dynamic (a scale a row), fp8-block (128 x 128) or fp8-tensor")
     ] = None,
     type: Annotated[
         str | None, typer.Option("--type", "-t", help="of a GGUF file: Q4_K_M, Q8_0, F16, … [default: Q4_K_M]")
@@ -61,6 +92,10 @@ def quantize(
     text_column: options.TextColumn = None,
     split: options.Split = None,
     stats: Annotated[str | None, typer.Option(help="folder of `wtool calibrate`, in the place of text")] = None,
+    rotate: Annotated[
+        bool | None, typer.Option("--rotate/--no-rotate", help="turn outliers away by Hadamard matrices [default: no]")
+    ] = None,
+    rotate_seed: Annotated[int | None, typer.Option(min=0, help="of the signs of those matrices [default: 0]")] = None,
     damping: Annotated[float | None, typer.Option(help="share of the mean diagonal to add [default: 0.01]")] = None,
     act_order: Annotated[
         bool | None, typer.Option(help="columns in the order of their activations [default: yes]")
@@ -71,6 +106,14 @@ def quantize(
     clip: Annotated[bool | None, typer.Option(help="search how much of each range to cover [default: yes]")] = None,
     refine: Annotated[
         int | None, typer.Option(min=0, help="times to go over codes and scales again [default: 1]")
+    ] = None,
+    iters: Annotated[
+        int | None, typer.Option(min=0, help="signround: steps that a block is learned in [default: 50]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="signround: samples for each step [default: 8]")] = None,
+    lr: Annotated[float | None, typer.Option(help="signround: of the first step [default: 1 / iters]")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="signround: the codes to start from, gptq or rtn [default: gptq]")
     ] = None,
     sequential: Annotated[
         bool | None, typer.Option(help="fit each linear to what the quantized ones before it feed it [default: yes]")
@@ -105,9 +148,12 @@ def quantize(
     flags: dict[str, Any] = {
         "method": method,
         "bits": bits,
+        "target_size": target_size,
+        "candidates": candidates or None,
         "group_size": group_size,
         "symmetric": symmetric,
         "format": format,
+        "scheme": scheme,
         "type": type,
         "target": target,
         "tensor_parallel": tensor_parallel,
@@ -115,18 +161,24 @@ def quantize(
         "overrides": [_override(text) for text in layer_bits or []] or None,
         "calibration": given(calibration) or None,
         "statistics": stats,
+        "rotate": None if rotate is None else "residual+values" if rotate else "none",
+        "rotate_seed": rotate_seed,
         "damping": damping,
         "act_order": act_order,
         "static_groups": static_groups,
         "clip": clip,
         "refine": refine,
+        "iters": iters,
+        "batch": batch,
+        "lr": lr,
+        "start": start,
         "way": None if sequential is None else "sequential" if sequential else "one-pass",
         "dtype": dtype,
     }
     from wtool.console import parse_size
     from wtool.executors import chosen
 
-    from .planner import plan_quantize
+    from .run import plan_asked
 
     recipe = asked(QuantRecipe, "quantize", "model", model, given(flags))
     if recipe.format == "gguf":
@@ -135,8 +187,22 @@ def quantize(
         from .gguf_cli import make_gguf
 
         raise typer.Exit(make_gguf(recipe, output, sketch, executor, dry_run, force, as_json, quiet))
-    downloads = options.downloads(low_disk, output)
-    plan = plan_quantize(recipe, headers_only=dry_run, low_disk=downloads, max_shard_bytes=parse_size(shard_size))
+    max_shard_bytes = parse_size(shard_size)
+    if recipe.allocates:
+        options.refuse_low_disk(low_disk, "spreading bits over layers")
+        from .allocate_cli import allocated_plan, save_recipe
+
+        where = options.where(device, compute_dtype, activations, batch_tokens, trust_remote_code)
+        recipe, plan = allocated_plan(
+            recipe, output, where, dry_run=dry_run, max_shard_bytes=max_shard_bytes, force=force, quiet=quiet
+        )
+        if save_allocation is not None:
+            save_recipe(recipe, save_allocation)
+    else:
+        if save_allocation is not None:
+            raise UsageError("--save-allocation: only an average (--bits 3.5) or a --target-size is spread over layers")
+        downloads = options.downloads(low_disk, output)
+        plan = plan_asked(recipe, headers_only=dry_run, low_disk=downloads, max_shard_bytes=max_shard_bytes)
     if dry_run:
         options.draw(plan.plan, sketch)
         raise typer.Exit(_show(recipe, plan, as_json))
@@ -160,18 +226,24 @@ def _show(recipe: "QuantRecipe", plan: "QuantPlan", as_json: bool) -> int:
 
     from wtool.console import emit, emit_json, human_bytes
 
+    from .allocate_cli import ABOUT, show_allocation
+
     summary = plan.plan.about["summary"]
     if as_json:
         told = plan.plan.summary(1)
-        emit_json({**told, **summary, "left": dict(plan.left)})
+        spread = {ABOUT: plan.plan.about[ABOUT]} if ABOUT in plan.plan.about else {}
+        emit_json({**told, **summary, **spread, "left": dict(plan.left)})
         return 3 if plan.plan.problems else 0
     emit(
         f"{recipe.model}: {summary['layers']} linear layers of {summary['weights']:,} weights to "
         f"{summary['bits_per_weight']:.2f} bits each with scales, by {recipe.method}, as {recipe.format}; "
         f"{human_bytes(summary['bytes_before'])} become {human_bytes(summary['bytes_after'])}"
     )
-    for scheme, count in Counter(str(layer.scheme) for layer in plan.layers.values()).items():
+    for scheme, count in summary["schemes"].items():
         emit(f"  {count} layers: {scheme}")
+    show_allocation(plan)
+    for what, matrix in plan.plan.about.get("rotation", {}).items():
+        emit(f"  rotated: {what}, by {matrix}")
     for reason, count in Counter(plan.left.values()).items():
         first = next(name for name, why in plan.left.items() if why == reason)
         emit(f"  as it is: {count} ({reason}), the first is '{first}'")
@@ -198,6 +270,7 @@ def _run(
 
     from wtool import console
 
+    from .allocate_cli import drop_statistics
     from .run import calibration, run_quantization
 
     plan.plan.check()
@@ -217,6 +290,7 @@ def _run(
             recipe, plan, output, windows=windows, where=where, executor=executor, force=force, start=start
         )
     if current().leads:
+        drop_statistics(output)
         _tell(plan, output, outcome, time.perf_counter() - begin, as_json)
 
 
@@ -226,7 +300,10 @@ def _tell(plan: "QuantPlan", output: Path, outcome: "Outcome", seconds: float, a
     from wtool.console import emit, emit_json, human_bytes
     from wtool.writer import MANIFEST
 
+    from .allocate_cli import ABOUT, show_allocation
+
     summary = plan.plan.about["summary"]
+    spread = {ABOUT: plan.plan.about[ABOUT]} if ABOUT in plan.plan.about else {}
     report = json.loads((output / MANIFEST).read_bytes()).get("report", {})
     fallbacks = {name: entry["fallback"] for name, entry in report.items() if "fallback" in entry}
     if as_json:
@@ -236,6 +313,7 @@ def _tell(plan: "QuantPlan", output: Path, outcome: "Outcome", seconds: float, a
                 "already_there": outcome.already_there,
                 "resumed_bytes": outcome.resumed_bytes,
                 **summary,
+                **spread,
                 "fallbacks": fallbacks,
                 "report": report,
                 "seconds": round(seconds, 3),
@@ -252,6 +330,7 @@ def _tell(plan: "QuantPlan", output: Path, outcome: "Outcome", seconds: float, a
         f"{output}: {summary['layers']} linear layers to {summary['bits_per_weight']:.2f} bits, "
         f"{sizes} in {seconds:.1f} s{resumed}"
     )
+    show_allocation(plan)
     _worst(report)
     for name, reason in fallbacks.items():
         emit(f"rounded only: {name}: {reason}")

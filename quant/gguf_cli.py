@@ -51,6 +51,8 @@ def _show(plan: Plan, as_json: bool) -> int:
     emit(f"{plan.shards[0].filename}: {_sizes(plan)}")
     for kind, count in summary["types"].items():
         emit(f"  {count} tensors: {kind}")
+    for what, matrix in plan.about.get("rotation", {}).items():
+        emit(f"  rotated: {what}, by {matrix}")
     for warning in plan.warnings:
         emit(f"warning: {warning}")
     emit("no problem found")

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from wtool import __version__
-from wtool.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from wtool.checkpoint import Checkpoint, TensorInfo
 from wtool.checkpoint.gguf_export import (
     LEFT_OUT,
     as_stored,
@@ -38,6 +38,7 @@ from wtool.statistics_folder import Statistics, check_model, open_statistics
 
 from .gguf_types import DEFAULT_TYPE, MIXTURES, Given, type_of
 from .recipe import OF_GGUF, QuantRecipe
+from .rotating import as_it_lies, open_source, rotation_noted, rotation_told, rotation_warnings
 
 QUANTIZATION_VERSION = 2  # llama.cpp's, of the blocks' layouts
 
@@ -73,7 +74,7 @@ def plan_gguf(recipe: QuantRecipe, *, headers_only: bool = False) -> Plan:
     """
     if find_spec("gguf") is None:
         raise RuntimeProblem("writing GGUF needs the gguf package: pip install 'wtool[gguf]'")
-    source = open_checkpoint(recipe.model, headers_only=headers_only)
+    source = open_source(recipe, headers_only=headers_only)
     architecture, family = family_for(source.config, source.label)
     config = full_config(source)
     mixture = recipe.type or DEFAULT_TYPE
@@ -104,9 +105,9 @@ def plan_gguf(recipe: QuantRecipe, *, headers_only: bool = False) -> Plan:
         sources=(source,) if statistics is None else (source, statistics.matrices),
         steps=tuple(steps),
         files={"README.md": _card(record, source, filename, summary).encode()},
-        recipe={"quantize": record},
-        warnings=notes(architecture, config) + _warnings(source, entries),
-        about={"summary": summary},
+        recipe={"quantize": record, **rotation_noted(source)},
+        warnings=notes(architecture, config) + _warnings(source, entries) + rotation_warnings(source, steps),
+        about={"summary": summary, **rotation_told(recipe, source)},
         layout=GGUFLayout(filename, metadata, types),
     )
 
@@ -182,7 +183,7 @@ def _summary(source: Checkpoint, entries: Sequence[Entry]) -> dict[str, Any]:
     weights = sum(source.tensors[entry.source].elements for entry in entries)
     packed = sum(entry.info.nbytes for entry in entries)
     return {
-        "bytes_before": source.nbytes,
+        "bytes_before": as_it_lies(source).nbytes,
         "bytes_after": packed,
         "weights": weights,
         "bits_per_weight": round(packed * 8 / weights, 4),

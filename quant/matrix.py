@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wtool.dtypes import torch_dtype
-from wtool.grid import Clip, Quantized
+from wtool.grid import Clip, Quantized, some_rows
 from wtool.statistics import relative_errors
 
 from .awq import clipped
@@ -28,6 +28,8 @@ def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: 
         return Outcome(rounded(weight, layer, recipe), None, f"only {tokens} tokens came to it", 0)
     if recipe.method == "awq":
         return Outcome(_rounded_by_outputs(weight, gram, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
+    if recipe.method == "signround" and recipe.start == "rtn":
+        return Outcome(rounded(weight, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
     return gptq(
         weight,
         gram,
@@ -75,15 +77,13 @@ def explain(
     weight: as it was, [out, in]
     gram: of its input; None where nothing is known of it
     """
-    value = outcome.quantized.values()
     grid = layer.scheme.grid
     told: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "tokens": tokens}
     if gram is None:
-        norm = torch.linalg.vector_norm
-        told["weight_error"] = round(float(norm(weight.float() - value) / norm(weight.float()).clamp(min=1e-30)), 6)
+        told["weight_error"] = round(_weight_error(weight, outcome.quantized), 6)
     else:
         simple = rtn(weight, grid, scale_dtype=torch_dtype(layer.scale_dtype)).values()
-        after, before = relative_errors(weight, gram, [value, simple])
+        after, before = relative_errors(weight, gram, [outcome.quantized.values(), simple])
         told |= {
             "weight_error": round(after.weight, 6),
             "output_error": round(after.output, 6),
@@ -92,6 +92,16 @@ def explain(
     told |= {"damping": outcome.damping, "dead_inputs": outcome.dead}
     told |= {"dropped_tokens": dropped} if dropped else {}
     return told | ({"fallback": outcome.fallback} if outcome.fallback else {})
+
+
+def _weight_error(weight: Tensor, quantized: Quantized) -> float:
+    """The norm of what rounding changed, as a share of the norm of the weights [out, in]."""
+    lost = whole = 0.0
+    for rows in some_rows(weight):
+        part = weight[rows].float()
+        whole += float(torch.linalg.vector_norm(part)) ** 2
+        lost += float(torch.linalg.vector_norm(part - quantized.rows(rows).values())) ** 2
+    return (lost / whole) ** 0.5 if whole else 0.0
 
 
 def _clip(recipe: QuantRecipe) -> Clip | None:

@@ -4,6 +4,7 @@ This is the only place in the room that knows names. It works from headers, so i
 that nobody has downloaded as for one on disk.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wtool.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from wtool.checkpoint import Checkpoint, TensorInfo
 from wtool.dtypes import FLOATS, config_name, parse_float_dtype, torch_dtype
 from wtool.errors import UsageError
 from wtool.formats import FORMATS, Format, Scheme
@@ -28,6 +29,7 @@ from .card import model_card
 from .gptq import Outcome
 from .matrix import explain, quantize, rounded, split
 from .recipe import METHODS, QuantRecipe
+from .rotating import as_it_lies, open_source, rotation_noted, rotation_told, rotation_warnings
 from .targets import problems as target_problems
 
 # Layers whose outputs are multiplied with each other: AWQ clips none of them, alone or fused with values.
@@ -86,7 +88,7 @@ def plan_quantize(
 
     raises: UsageError, InputError where there is nothing to plan on; else `Plan.problems` tells
     """
-    source = open_checkpoint(recipe.model, headers_only=headers_only, low_disk=low_disk)
+    source = open_source(recipe, headers_only=headers_only, low_disk=low_disk)
     found, left = linear_layers(source)
     layers, ignored = _layers(recipe, source, found)
     if not layers:
@@ -108,15 +110,15 @@ def plan_quantize(
     files["README.md"] = model_card(record, source, [layer.scheme for layer in layers.values()]).encode()
     files |= {name: json_bytes(content) for name, content in FORMATS[recipe.format].files(settings).items()}
     if source.config:
-        files["config.json"] = json_bytes(_config(source, settings, steps))
+        files["config.json"] = json_bytes(output_config(source, settings, steps))
     plan = Plan(
         sources=(source,) if statistics is None else (source, statistics.matrices),
         steps=tuple(steps),
         files=files,
-        recipe={"quantize": record},
+        recipe={"quantize": record, **rotation_noted(source)},
         problems=problems,
-        warnings=_warnings(recipe, source),
-        about={"left": left, "summary": _summary(source, steps, layers)},
+        warnings=source_warnings(recipe, source) + rotation_warnings(source, steps),
+        about={"left": left, "summary": _summary(source, steps, layers), **rotation_told(recipe, source)},
         work=_work(recipe, source, steps),
         max_shard_bytes=max_shard_bytes,
     )
@@ -135,7 +137,7 @@ def _layers(
         if grid is None:
             ignored[name] = "ignored, as asked"
         else:
-            scale_dtype = form.scale_dtype(_dtype(recipe, source.tensors[name]))
+            scale_dtype = form.scale_dtype(stored_dtype(recipe, source.tensors[name]))
             layers[name] = Layer(linear, Scheme(grid, recipe.ordered), form, scale_dtype)
     return layers, ignored
 
@@ -145,14 +147,15 @@ def _steps(
 ) -> list[Step]:
     steps: list[Step] = []
     done: set[str] = set()
+    statistics = None if recipe.method == "rtn" else statistics  # which are for the grids alone, if at all
     stack = longest_stack(source.tensors) if METHODS[recipe.method].scaled else None
     for name, info in source.tensors.items():
         layer = layers.get(name)
         if layer is None:
-            info = TensorInfo(_dtype(recipe, info), info.shape)
+            info = TensorInfo(stored_dtype(recipe, info), info.shape)
             match = LAYER.match(name)
             walked = stack is not None and match is not None and match[1] == stack  # where scales may be folded in
-            function = None if walked else partial(_as_stored, dtype=torch_dtype(info.dtype))
+            function = None if walked else partial(as_stored, dtype=torch_dtype(info.dtype))
             steps.append(Step(((0, name),), {name: info}, function))
         elif name not in done:
             together = _together(name, layers, statistics)
@@ -185,12 +188,12 @@ def _layer_step(recipe: QuantRecipe, layers: Sequence[Layer], statistics: Statis
     return Step((*reads, (1, met.linears[0])), outputs, function)
 
 
-def _dtype(recipe: QuantRecipe, info: TensorInfo) -> str:
+def stored_dtype(recipe: QuantRecipe, info: TensorInfo) -> str:
     """The type that a tensor, or the scales of one, will have."""
     return parse_float_dtype(recipe.dtype) if recipe.dtype and info.dtype in FLOATS else info.dtype
 
 
-def _as_stored(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
+def as_stored(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
@@ -221,7 +224,7 @@ def _unfit(layers: Mapping[str, Layer]) -> list[tuple[str, str]]:
     return [(name, reason) for name, reason in found if reason]
 
 
-def _config(source: Checkpoint, settings: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
+def output_config(source: Checkpoint, settings: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key != "_name_or_path"}
     floats: dict[str, int] = {}
     for step in steps:
@@ -232,7 +235,7 @@ def _config(source: Checkpoint, settings: Mapping[str, Any], steps: Sequence[Ste
     return {**config, "quantization_config": dict(settings)}
 
 
-def _warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:
+def source_warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:
     warnings: list[str] = []
     if source.quantization:
         warnings.append(f"{source.label} is quantized already ({source.quantization}); what it lost stays lost")
@@ -246,6 +249,8 @@ def _work(recipe: QuantRecipe, source: Checkpoint, steps: Sequence[Step]) -> dic
         return {}
     asked, forwards = recipe.calibration, 1 if recipe.way == "sequential" else 2
     forwards += METHODS[recipe.method].scaled  # one to look
+    if METHODS[recipe.method].learned:  # targets, inputs, the end, three losses; a gradient takes two forwards more
+        forwards = 6 + -(-3 * recipe.iters * min(recipe.batch, asked.samples) // asked.samples)
     return walk_work(source, asked.samples, asked.seqlen, forwards=forwards, fits=True)
 
 
@@ -253,9 +258,10 @@ def _summary(source: Checkpoint, steps: Sequence[Step], layers: Mapping[str, Lay
     weights = sum(layer.linear.shape[0] * layer.linear.shape[1] for layer in layers.values())
     packed = sum(info.nbytes for layer in layers.values() for info in layer.outputs.values())
     return {
-        "bytes_before": source.nbytes,
+        "bytes_before": as_it_lies(source).nbytes,
         "bytes_after": sum(info.nbytes for step in steps for info in step.outputs.values()),
         "layers": len(layers),
         "weights": weights,
         "bits_per_weight": round(packed * 8 / weights, 4),
+        "schemes": dict(Counter(str(layer.scheme) for layer in layers.values())),
     }

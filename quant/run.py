@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from wtool.executors import chosen
 from wtool.executors.local import Outcome
-from wtool.plan import Plan
+from wtool.plan import DEFAULT_SHARD_BYTES, Plan
 from wtool.ranks import current, one_process, own_device
 
+from .fp8_planner import plan_fp8
 from .planner import QuantPlan, plan_quantize
 from .recipe import METHODS, QuantRecipe
 
@@ -33,6 +34,18 @@ def calibration(recipe: QuantRecipe, plan: QuantPlan, *, trust_remote_code: bool
     from wtool.calibration_data.for_model import windows_asked
 
     return windows_asked(plan.plan.sources[0], recipe.calibration, trust_remote_code=trust_remote_code)
+
+
+def plan_asked(
+    recipe: QuantRecipe,
+    *,
+    headers_only: bool = False,
+    low_disk: Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> QuantPlan:
+    """The plan of a recipe of codes or of FP8; see `plan_quantize`."""
+    make = plan_quantize if recipe.scheme is None else plan_fp8
+    return make(recipe, headers_only=headers_only, low_disk=low_disk, max_shard_bytes=max_shard_bytes)
 
 
 def run_quantization(
@@ -61,7 +74,7 @@ def run_quantization(
         return chosen.run(executor, again, plan.plan, out, force=force, progress=start(whole))
     from wtool.executors import together
 
-    if METHODS[recipe.method].scaled:
+    if METHODS[recipe.method].scaled or METHODS[recipe.method].learned:
         one_process(f"a quantization by {recipe.method}")
     ranks, where = current(), replace(where, device=own_device(where.device))
     noted = {**plan.plan.recipe, "calibration": windows.record, "computed_in": _dtype(plan, where)}
@@ -75,7 +88,7 @@ def run_quantization(
 
 
 def _planned(recipe: QuantRecipe, max_shard_bytes: int) -> Plan:
-    return plan_quantize(recipe, max_shard_bytes=max_shard_bytes).plan
+    return plan_asked(recipe, max_shard_bytes=max_shard_bytes).plan
 
 
 def _walk(
@@ -90,12 +103,16 @@ def _walk(
     from wtool.rewrite import Rewriting
 
     from .calibrated import Quantizing
+    from .learned import walk_learning
     from .scaled import ScaledRewriting
 
     network = calibrate.network(plan.plan.sources[0], where)
     transposed = {name for name, layer in plan.layers.items() if layer.linear.transposed}
     ranks = current()
     change = Quantizing(recipe, plan, ranks)
+    if METHODS[recipe.method].learned:
+        walk_learning(change, network, output, transposed, windows.unpadded(), where, start)
+        return
     if METHODS[recipe.method].scaled:
         rewriting = ScaledRewriting(change, plan, network, output, transposed)
     else:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from wtool.formats import Scheme
+from wtool.formats import Scheme, Shape
+from wtool.formats.fp8 import Fp8
 from wtool.grid import Grid
 
 from .recipe import QuantRecipe
@@ -29,6 +30,32 @@ def problems(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> list[str]:
         return [f"{recipe.target} does not read {recipe.format} (it reads {', '.join(TAKES[recipe.target])})"]
     found = [f"{recipe.target}: '{name}' {rule}" for name, rule in RULES[recipe.target](recipe, layers)]
     return found
+
+
+def fp8_problems(recipe: QuantRecipe, scheme: Fp8, shapes: Mapping[str, Shape]) -> list[str]:
+    """The same for FP8; shapes of layers by their modules' names."""
+    target = recipe.target
+    if target is None:
+        return []
+    if target not in ("transformers", "vllm"):
+        return [f"{target} does not read FP8 (it reads {', '.join(TAKES[target])})"]
+    if scheme.activations != "group":
+        return []
+    rules = {name: _blocks_of_128(name, shape, target, recipe.tensor_parallel) for name, shape in shapes.items()}
+    return [f"{target}: '{name}' {rule} (the scheme fp8-dynamic takes any)" for name, rule in rules.items() if rule]
+
+
+def _blocks_of_128(name: str, shape: Shape, target: str, parallel: int) -> str | None:
+    """Why a runtime cannot compute with a layer in blocks; what it fuses is split by outputs, the rest by inputs."""
+    (outputs, inputs), leaf = shape, name.rpartition(".")[2]
+    alike = next((names for names in FUSED if leaf in names), ())
+    share = f" on each of {parallel} devices" if parallel > 1 else ""
+    if inputs % (128 if alike else 128 * parallel):
+        return f"has {inputs} inputs, which groups of 128 do not divide{share if not alike else ''}"
+    last = bool(alike) and leaf == alike[-1]  # of layers that are computed as one; its end may be part of a block
+    if target == "vllm" and alike and outputs % (128 * parallel) and (parallel > 1 or not last):
+        return f"has {outputs} outputs, which blocks of 128 do not divide{share}"
+    return None
 
 
 def _vllm(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Three ways to take all batches through one block of a model that is filled (`wtool.calibrate` tells them apart)."""
+"""Taking all batches through one block of a model that is filled; `wtool.calibrate` tells the ways to do it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
@@ -232,7 +231,7 @@ class Sites:
 
 
 @dataclass
-class _Gathered:
+class Gathered:
     """The statistics of a block's inputs while they come in."""
 
     forward: Forward
@@ -271,7 +270,7 @@ class _Gathered:
 
 def observe(forward: Forward, sites: Sites) -> None:
     regions = forward.regions()
-    gathered = _Gathered(forward, sites.of(forward, regions))
+    gathered = Gathered(forward, sites.of(forward, regions))
     with _Watch(regions, gathered.add):
         forward.plain()
     gathered.agree()
@@ -281,10 +280,10 @@ def observe(forward: Forward, sites: Sites) -> None:
     forward.visitor.block(forward.block, [linear for linear in forward.block.linears if linear not in seen])
 
 
-def gathered_inputs(forward: Forward, sites: Sites) -> _Gathered:
+def gathered_inputs(forward: Forward, sites: Sites) -> Gathered:
     """Run all batches for what goes into the linears; the block's input stays."""
     regions = forward.regions()
-    gathered = _Gathered(forward, sites.of(forward, regions))
+    gathered = Gathered(forward, sites.of(forward, regions))
     with _Watch(regions, gathered.add):
         for number in range(len(forward.calls)):
             forward.run(number)
@@ -297,98 +296,11 @@ def one_pass(forward: Forward, sites: Sites) -> None:
     seen = {linear for site in gathered.found for linear in site}
     for site in gathered.sites():
         forward.visit(site)
-    _finish(forward, seen)
+    finish(forward, seen)
     forward.plain()
 
 
-def _finish(forward: Forward, seen: set[Linear]) -> None:
+def finish(forward: Forward, seen: set[Linear]) -> None:
     forward.change(
         forward.visitor.block(forward.block, [linear for linear in forward.block.linears if linear not in seen])
     )
-
-
-def sequential(forward: Forward, sites: Sites) -> None:
-    shared = sites.of(forward, forward.regions())
-    released: set[Linear] = set()
-    flows = [_Flow(forward, number) for number in range(len(forward.calls))]
-    with _stops(forward, released):
-        try:
-            while flows[0].advance():
-                gathered = _Gathered(forward, shared)
-                gathered.add(*flows[0].met())
-                for flow in flows[1:]:
-                    more = flow.advance()
-                    assert more, "batches of one block go through the same linears"
-                    gathered.add(*flow.met())
-                met = next(iter(gathered.found))
-                for site in gathered.sites():
-                    forward.visit(site)
-                released.update(met)
-            for flow in flows[1:]:
-                more = flow.advance()
-                assert not more, "batches of one block go through the same linears"
-        finally:
-            for flow in flows:
-                flow.abandon()
-    for number, flow in enumerate(flows):
-        forward.hidden[number] = flow.output()
-        forward.progress(1)
-    _finish(forward, released)
-
-
-class _Flow:
-    """A batch on its way through a block, stopped before every linear that is not released yet.
-
-    A greenlet is what can be stopped in the middle of a forward. All are of one thread, which runs one at a time.
-    """
-
-    def __init__(self, forward: Forward, number: int):
-        self._greenlet = greenlet(lambda: forward.run(number, last=True))
-        self._got: Any = None
-
-    def advance(self) -> bool:
-        """Go on to the next linears; whether there are any before the block's end."""
-        self._got = None
-        self._got = self._greenlet.switch()
-        return not self._greenlet.dead
-
-    def met(self) -> tuple[tuple[Linear, ...], Tensor]:
-        """The linears it stands before, and what they are fed."""
-        return self._got
-
-    def output(self) -> Tensor:
-        """The block's output, handed out once."""
-        output, self._got = self._got, None
-        return output
-
-    def abandon(self) -> None:
-        """End it where it stands, if it has not come to its end."""
-        self._greenlet.throw()
-
-
-@contextmanager
-def _stops(forward: Forward, released: set[Linear]) -> Iterator[None]:
-    """Have the flows stop before linears that are not released, for a while."""
-    network = forward.network
-    modules: dict[str, tuple[Linear, ...]] = {}
-    for linear in forward.block.linears:
-        path = linear.slot.parameter.rpartition(".")[0]
-        modules[path] = (*modules.get(path, ()), linear)
-
-    def stop(linears: tuple[Linear, ...], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        if linears[0] not in released:
-            walk = getcurrent().parent
-            assert walk is not None, "a flow is started by the walk"
-            walk.switch((linears, arguments[0] if arguments else named["input"]))
-
-    hooks = [
-        network.model.get_submodule(path).register_forward_pre_hook(
-            lambda module, arguments, named, linears=linears: stop(linears, arguments, named), with_kwargs=True
-        )
-        for path, linears in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -28,12 +28,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from wtool.block_pass import Call, Forward, HiddenStates, Sites, observe, one_pass, sequential
+from wtool.block_pass import Call, Forward, HiddenStates, Sites, observe, one_pass
 from wtool.block_pass import Site as Site
 from wtool.block_pass import Visitor as Visitor
 from wtool.checkpoint.base import Checkpoint
 from wtool.console import working_on
 from wtool.errors import InputError, UsageError
+from wtool.flows import sequential
 from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.network import Network
 from wtool.ranks import ALONE, Ranks
@@ -123,14 +124,14 @@ def _share(batches: list[Tensor], ranks: Ranks) -> list[Tensor]:
     return ranks.own(batches)
 
 
-def batches_of(windows: Sequence[Tensor], batch_tokens: int) -> list[Tensor]:
-    """Windows of one length together, in their order, at most `batch_tokens` tokens at a time."""
+def batches_of(windows: Sequence[Tensor], batch_tokens: int, most: int | None = None) -> list[Tensor]:
+    """Windows of one length together, in their order, at most `batch_tokens` tokens and `most` windows at a time."""
     by_length: dict[int, list[Tensor]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
     batches: list[Tensor] = []
     for length, alike in by_length.items():
-        count = max(1, batch_tokens // length)
+        count = max(1, min(batch_tokens // length, most or len(alike)))
         batches += [torch.stack(alike[begin : begin + count]) for begin in range(0, len(alike), count)]
     return batches
 

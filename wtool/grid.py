@@ -8,7 +8,7 @@ the range lies idle (an unsigned scale wastes the code -2^(b-1) or clips the lar
 asymmetric grid always contains 0, so that a group of weights of one sign is not clipped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 5, 6, 8)
+_ROWS = 1 << 20  # weights, of whole rows, at a time
 _CHUNK = 1 << 16  # weights at a time, so that what is computed from them stays in the processor's cache
 
 
@@ -56,6 +57,11 @@ class Quantized:
     scales: Tensor  # [out, groups], in the type that is stored
     zeros: Tensor | None  # int8 [out, groups]; None where the grid is symmetric
     group_index: Tensor  # int64 [in]
+
+    def rows(self, rows: slice) -> "Quantized":
+        """Some rows of it."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return Quantized(self.codes[rows], self.scales[rows], zeros, self.group_index)
 
     def values(self) -> Tensor:
         """The matrix it stands for, float32 [out, in]."""
@@ -194,7 +200,17 @@ def _error(
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_index: Tensor, grid: Grid) -> Tensor:
     """The nearest code of every weight, int8 [out, in]; halves go to the even code."""
-    exact = weight.float() / scales.float()[:, group_index]
-    if zeros is not None:
-        exact += zeros.float()[:, group_index]
-    return exact.round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in some_rows(weight):
+        exact = weight[rows].float() / scales[rows].float()[:, group_index]
+        if zeros is not None:
+            exact += zeros[rows].float()[:, group_index]
+        codes[rows] = exact.round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
+    return codes
+
+
+def some_rows(matrix: Tensor) -> Iterator[slice]:
+    """All rows of a matrix, some at a time, so that what is computed from them takes little memory beside it."""
+    many = _ROWS if matrix.device.type == "cpu" else matrix.numel()
+    step = max(1, many // max(1, matrix.shape[1]))
+    return (slice(begin, begin + step) for begin in range(0, len(matrix), step))

@@ -42,6 +42,12 @@ class Slot:
     rows: tuple[int, int] | None = None  # first and one past the last; None for all
     transposed: bool = False  # the model keeps it [in, out]
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """The matrix [out, in] in what has the parameter's shape."""
+        found = parameter if self.expert is None else parameter[self.expert]
+        found = found if self.rows is None else found[slice(*self.rows)]
+        return found.T if self.transposed else found
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -170,11 +176,7 @@ class Network:
 
     def view(self, linear: Linear) -> Tensor:
         """A filled matrix where the model has it, [out, in]; writing to it changes the model."""
-        slot = linear.slot
-        found = self.model.get_parameter(slot.parameter).data
-        found = found if slot.expert is None else found[slot.expert]
-        found = found if slot.rows is None else found[slice(*slot.rows)]
-        return found.T if slot.transposed else found
+        return linear.slot.of(self.model.get_parameter(linear.slot.parameter).data)
 
     def _sort_tensors(self) -> None:
         """Find the parameter that each stored tensor goes to, and the block that has it."""

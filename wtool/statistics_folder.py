@@ -3,6 +3,8 @@
     OUT/
         block-00000.safetensors …   the Gram matrix of every input in the block, by the first linear that takes it;
                                     float32 [in, in], the mean of x xᵀ over tokens
+        gradients.safetensors       where asked for: the mean squared gradient by each output of each linear, float32
+                                    [out] (`wtool.output_gradients`)
         wtool.json                  the model, the calibration text, and for each input its linears and tokens
 
 While the walk goes on the files are in a hidden folder beside the output, each put there whole, so a walk that was
@@ -27,6 +29,9 @@ from wtool.writer import MANIFEST, disk_errors, take_lock, work_folder
 
 if TYPE_CHECKING:
     import torch
+
+
+GRADIENTS = ".squared_gradients"  # after the name of a linear's tensor
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,20 @@ class StatisticsWriter:
             save_file(tensors, half, {"inputs": json.dumps(entries)})
             half.rename(self.work / "output" / _name(block))
 
+    def put_gradients(self, gradients: "Mapping[str, torch.Tensor]") -> None:
+        """Write the mean squared gradients, by the linears' tensors."""
+        from safetensors.torch import save_file
+
+        with disk_errors(self.out):
+            half = self.work / "half"
+            save_file({f"{name}{GRADIENTS}": value.contiguous() for name, value in gradients.items()}, half)
+            half.rename(self.work / "output" / "gradients.safetensors")
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether they were written by an earlier run."""
+        return (self.work / "output" / "gradients.safetensors").is_file()
+
     def commit(self, blocks: int, about: Mapping[str, Any]) -> None:
         """Let the folder appear under its name."""
         folder = self.work / "output"
@@ -109,6 +128,11 @@ class Statistics:
     inputs: Mapping[str, Input]  # by each linear's tensor
     manifest: Mapping[str, Any]
 
+    def squared_gradients(self, tensor: str) -> "torch.Tensor | None":
+        """The mean squared gradient by each output of a linear, [out]; None where it was not gathered."""
+        name = f"{tensor}{GRADIENTS}"
+        return self.matrices.read(name) if name in self.matrices.tensors else None
+
 
 def open_statistics(folder: Path) -> Statistics:
     """Open a folder of statistics.
@@ -122,7 +146,7 @@ def open_statistics(folder: Path) -> Statistics:
     if "statistics" not in manifest:
         raise MalformedFile(f"{path}: not of statistics but of a checkpoint; `wtool calibrate` makes statistics")
     found = [Input(tuple(each["linears"]), each["tokens"], each["dropped"]) for each in manifest["statistics"]]
-    files = [SafetensorsFile(file) for file in sorted(folder.glob("block-*.safetensors"))]
+    files = [SafetensorsFile(file) for file in sorted(folder.glob("*.safetensors"))]
     matrices = Folder(str(folder), folder, files, {}, {})
     return Statistics(matrices, {linear: each for each in found for linear in each.linears}, manifest)
 

@@ -12,6 +12,7 @@ hub_headers  the Hub: headers by range requests, nothing else downloaded
 hub_stream   the Hub: shards that come when they are read, and go
 hub_push     the Hub: a folder uploaded
 hub_errors   the Hub: what can go wrong, in one line
+float8       weights of 8-bit floats with scales: decoded on reading
 quantized    packed weights: decoded on reading, or told from plain ones
 tied         output heads that are the embedding again
 resolve      from what a user writes to one of the above

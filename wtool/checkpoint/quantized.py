@@ -75,10 +75,13 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
 
     raises: MalformedFile, MissingInput where settings and tensors do not go together
     """
+    from wtool.checkpoint.float8 import decoded_float8
     from wtool.checkpoint.rebuilt import rebuilt
     from wtool.formats import reader
 
     checkpoint = rebuilt(checkpoint)
+    if (plain := decoded_float8(checkpoint)) is not None:
+        return plain
     settings = checkpoint.config.get("quantization_config")
     if settings is None:
         return checkpoint

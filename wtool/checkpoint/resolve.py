@@ -45,9 +45,10 @@ def _open_stored(reference: str, headers_only: bool, low_disk: Path | None) -> C
 
 
 def _decoded(checkpoint: Checkpoint) -> Checkpoint:
+    from wtool.checkpoint.float8 import has_float8
     from wtool.checkpoint.quantized import SETTINGS, decoded
 
-    if all(checkpoint.config.get(key) is None for key in SETTINGS):
+    if all(checkpoint.config.get(key) is None for key in SETTINGS) and not has_float8(checkpoint):
         return checkpoint
     return decoded(checkpoint)
 

@@ -24,6 +24,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 # package -> what it unlocks
 OPTIONAL: dict[str, str] = {
+    "scipy": "bits spread over layers: quantize --bits 3.5, --target-size",
     "gguf": "GGUF files as input and output",
     "sentencepiece": "GGUF files whose tokenizer is a sentencepiece model",
     "datasets": "calibration and training text from datasets of the Hub",

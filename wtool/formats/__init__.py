@@ -8,6 +8,7 @@
 | awq                | 4 bits          | all whose groups divide     | GPTQModel, vLLM                        |
 
 bits    codes as a dense stream of bits
+fp8     8-bit floats under scales, which are no grid: names, settings and rounding of their own
 gguf    llama.cpp's blocks, which are no grid: a table of their own
 scheme  what formats have in common: Scheme, and what a Format can do
 """

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_CHUNK = 1 << 22  # codes
+
+
 def words(count: int, bits: int) -> int:
     """Words that `count` codes take."""
     return ceil(count * bits / 32)
@@ -25,6 +28,18 @@ def pack(codes: "torch.Tensor", bits: int) -> "torch.Tensor":
 
     returns: int32 [..., words(n, bits)]
     """
+    import torch
+
+    if codes.dim() == 2 and codes.numel() > 2 * _CHUNK:  # some rows at a time, as it takes memory beside the codes
+        packed = torch.empty(len(codes), words(codes.shape[1], bits), dtype=torch.int32, device=codes.device)
+        step = max(1, _CHUNK // codes.shape[1])
+        for begin in range(0, len(codes), step):
+            packed[begin : begin + step] = _packed(codes[begin : begin + step], bits)
+        return packed
+    return _packed(codes, bits)
+
+
+def _packed(codes: "torch.Tensor", bits: int) -> "torch.Tensor":
     import torch
 
     count = codes.shape[-1]

@@ -99,7 +99,7 @@ class CompressedTensors(Format):
         }
 
     def schemes(self, settings: Mapping[str, Any]) -> Callable[[str], Scheme]:
-        _refuse_what_changes_the_network(settings)
+        refuse_what_changes_the_network(settings)
         found: dict[str, Scheme] = {}
         for group in entry(settings, "config_groups", dict).values():
             if not isinstance(group, dict):
@@ -159,7 +159,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def _refuse_what_changes_the_network(settings: Mapping[str, Any]) -> None:
+def refuse_what_changes_the_network(settings: Mapping[str, Any]) -> None:
     """Refuse weights that are not all of what the model computes with."""
     for key in ("transform_config", "kv_cache_scheme"):
         if settings.get(key):

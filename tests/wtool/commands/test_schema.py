@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from distill.recipe import parse_recipe as distillation
-from mergekit_lite.methods import METHODS
+from mergekit_lite.methods.table import METHODS
 from mergekit_lite.recipe import parse_recipe
 from prune.recipe import parse_recipe as pruning
 from quant.recipe import parse_recipe as quantization

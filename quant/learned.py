@@ -1,0 +1,133 @@
+"""Learned rounding on the walk: the linears of a block are quantized, then their rounding is learned together.
+
+The Gram matrices are of what the quantized blocks before feed the block as it was, as in one pass. A matrix that few
+tokens came to is rounded and not learned, and one that the block's output never depended on stays as it started; the
+report tells.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from wtool.block_fit import Lesson, walk
+from wtool.block_pass import Site
+from wtool.calibrate import Progress, Where
+from wtool.network import Linear, Network
+from wtool.rewrite import Made, Output, Rewriting
+from wtool.statistics import Gram
+
+from .calibrated import Found, Quantizing, made_of
+from .recipe import QuantRecipe
+from .signround import Rounding, Schedule, centre, learn
+
+SCALE_SHARE = 0.1  # of the rate, for the scales
+
+
+class LearnedRewriting(Rewriting[Gram]):
+    """The visitor of a walk that learns the rounding of every block."""
+
+    def __init__(self, change: Quantizing, network: Network, output: Output, transposed: Collection[str]):
+        super().__init__(change, network, output, transposed)
+        self._quantizing = change
+        self._found: dict[Linear, Found] = {}  # of the block being done
+
+    def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
+        linears = self._changed(site.linears)
+        weights = [self._network.view(linear) for linear in linears]
+        found = self._quantizing.found([linear.name for linear in linears], weights, site.gathered)
+        self._found |= dict(zip(linears, found, strict=True))
+        return {}
+
+    def fit(self, lesson: Lesson, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
+        found, self._found = self._found, {}
+        values: dict[Linear, Tensor] = {}
+        for linear, one in found.items():
+            if one.outcome.fallback:
+                values[linear] = self._keep(linear.name, made_of(one))
+                lesson.view(linear).copy_(values[linear])
+        started = {linear: one for linear, one in found.items() if linear not in values}
+        for linear, made in self._learned(lesson, started).items():
+            values[linear] = self._keep(linear.name, made)
+        return {**values, **self.block(lesson.forward.block, unseen)}
+
+    def _learned(self, lesson: Lesson, found: Mapping[Linear, Found]) -> dict[Linear, Made]:
+        recipe, block = self._quantizing.recipe, lesson.forward.block
+        if not found or not recipe.iters:
+            return {linear: made_of(one) for linear, one in found.items()}
+        matrices = [_begun(lesson.view(linear), one) for linear, one in found.items()]
+        task = _Task(lesson, list(found))
+        learned = learn(matrices, task, _schedule(recipe, lesson, block.index))
+        told = {"block_loss_before": _short(learned.before), "block_loss": _short(learned.after)}
+        made: dict[Linear, Made] = {}
+        for (linear, one), quantized in zip(found.items(), learned.matrices, strict=True):
+            own = told if linear in task.reached else {"not_learned": "no gradient came to it"}
+            outcome = replace(one.outcome, quantized=quantized)
+            made[linear] = _telling(made_of(replace(one, outcome=outcome)), own)
+        return made
+
+
+def walk_learning(
+    change: Quantizing,
+    network: Network,
+    output: Output,
+    transposed: Collection[str],
+    windows: Sequence[Tensor],
+    where: Where,
+    start: Callable[[int], Progress],
+) -> None:
+    """Quantize and write the linears of a plan, learning their rounding block by block.
+
+    transposed: the tensors that lie as [in, out]
+    windows: int64 [length] each, without padding
+    """
+    with LearnedRewriting(change, network, output, transposed) as visitor:
+        walk(network, windows, visitor, windows_together=change.recipe.batch, where=where, start=start)
+        visitor.finish(change.plan.layers)
+
+
+class _Task:
+    """What the matrices of a block are to learn."""
+
+    def __init__(self, lesson: Lesson, linears: Sequence[Linear]):
+        self._lesson, self._linears = lesson, linears
+        self.reached: set[Linear] = set()  # by a gradient
+
+    @property
+    def batches(self) -> int:
+        return self._lesson.batches
+
+    def put(self, matrices: Sequence[Rounding]) -> None:
+        for linear, matrix in zip(self._linears, matrices, strict=True):
+            matrix.values(self._lesson.view(linear))
+
+    def gradients(self, batches: Sequence[int]) -> list[Tensor | None]:
+        found = self._lesson.gradients(self._linears, batches)
+        self.reached.update(linear for linear, slope in zip(self._linears, found, strict=True) if slope is not None)
+        return found
+
+    def loss(self) -> float:
+        return self._lesson.loss()
+
+
+def _begun(weight: Tensor, found: Found) -> Rounding:
+    outcome, grid = found.outcome, found.layer.scheme.grid
+    return Rounding(centre(weight, outcome.quantized, grid), outcome.quantized, grid)
+
+
+def _schedule(recipe: QuantRecipe, lesson: Lesson, block: int) -> Schedule:
+    windows = max(len(lesson.targets[number]) for number in range(lesson.batches))
+    rate = recipe.lr or 1 / recipe.iters
+    seed = recipe.calibration.seed * 1_000_003 + block
+    return Schedule(recipe.iters, -(-recipe.batch // windows), rate, rate * SCALE_SHARE, seed)
+
+
+def _telling(made: Made, more: Mapping[str, Any]) -> Made:
+    """The same, of which the report tells more."""
+    explain: Callable[[Tensor], Mapping[str, Any]] = made.explain
+    return replace(made, explain=lambda weight: {**explain(weight), **more})
+
+
+def _short(loss: float) -> float:
+    return float(f"{loss:.6g}")
