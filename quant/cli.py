@@ -113,7 +113,7 @@ def quantize(
     batch: Annotated[int | None, typer.Option(min=1, help="signround: samples for each step [default: 8]")] = None,
     lr: Annotated[float | None, typer.Option(help="signround: of the first step [default: 1 / iters]")] = None,
     start: Annotated[
-        str | None, typer.Option(help="signround: the codes to start from, gptq or rtn [default: gptq]")
+        str | None, typer.Option(help="signround: whose scales to start from, gptq's or rtn's [default: gptq]")
     ] = None,
     sequential: Annotated[
         bool | None, typer.Option(help="fit each linear to what the quantized ones before it feed it [default: yes]")

@@ -1,8 +1,8 @@
 """Learned rounding on the walk: the linears of a block are quantized, then their rounding is learned together.
 
 The Gram matrices are of what the quantized blocks before feed the block as it was, as in one pass. A matrix that few
-tokens came to is rounded and not learned, and one that the block's output never depended on stays as it started; the
-report tells.
+tokens came to is rounded and not learned, and one that the block's output never depended on stays as it started; so do
+all of a block whose output is not nearer for what was learned. The report tells.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,9 +20,7 @@ from wtool.statistics import Gram
 
 from .calibrated import Found, Quantizing, made_of
 from .recipe import QuantRecipe
-from .signround import Rounding, Schedule, centre, learn
-
-SCALE_SHARE = 0.1  # of the rate, for the scales
+from .signround import Rounding, Schedule, learn
 
 
 class LearnedRewriting(Rewriting[Gram]):
@@ -57,13 +55,19 @@ class LearnedRewriting(Rewriting[Gram]):
         if not found or not recipe.iters:
             return {linear: made_of(one) for linear, one in found.items()}
         matrices = [_begun(lesson.view(linear), one) for linear, one in found.items()]
-        task = _Task(lesson, list(found))
-        learned = learn(matrices, task, _schedule(recipe, lesson, block.index))
-        told = {"block_loss_before": _short(learned.before), "block_loss": _short(learned.after)}
+        for linear, one in found.items():
+            lesson.view(linear).copy_(one.outcome.quantized.values())
+        before, task = lesson.loss(), _Task(lesson, list(found))
+        learn(matrices, task, _schedule(recipe, lesson, block.index))
+        after = lesson.loss()
+        told = {"block_loss_before": _short(before), "block_loss": _short(min(before, after))}
         made: dict[Linear, Made] = {}
-        for (linear, one), quantized in zip(found.items(), learned.matrices, strict=True):
-            own = told if linear in task.reached else {"not_learned": "no gradient came to it"}
-            outcome = replace(one.outcome, quantized=quantized)
+        for (linear, one), matrix in zip(found.items(), matrices, strict=True):
+            own, outcome = told, one.outcome
+            if linear not in task.reached:
+                own = {"not_learned": "no gradient came to it"}
+            elif after < before:
+                outcome = replace(outcome, quantized=matrix.quantized())
             made[linear] = _telling(made_of(replace(one, outcome=outcome)), own)
         return made
 
@@ -107,20 +111,17 @@ class _Task:
         self.reached.update(linear for linear, slope in zip(self._linears, found, strict=True) if slope is not None)
         return found
 
-    def loss(self) -> float:
-        return self._lesson.loss()
-
 
 def _begun(weight: Tensor, found: Found) -> Rounding:
     outcome, grid = found.outcome, found.layer.scheme.grid
-    return Rounding(centre(weight, outcome.quantized, grid), outcome.quantized, grid)
+    return Rounding(weight, outcome.quantized, grid)
 
 
 def _schedule(recipe: QuantRecipe, lesson: Lesson, block: int) -> Schedule:
     windows = max(len(lesson.targets[number]) for number in range(lesson.batches))
     rate = recipe.lr or 1 / recipe.iters
     seed = recipe.calibration.seed * 1_000_003 + block
-    return Schedule(recipe.iters, -(-recipe.batch // windows), rate, rate * SCALE_SHARE, seed)
+    return Schedule(recipe.iters, -(-recipe.batch // windows), rate, seed)
 
 
 def _telling(made: Made, more: Mapping[str, Any]) -> Made:

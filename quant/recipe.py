@@ -111,7 +111,7 @@ class QuantRecipe(BaseModel):
     lr: float | None = Field(
         default=None, gt=0, le=1, description="of the first step, in steps of the grid; null is 1 / iters"
     )
-    start: Literal["gptq", "rtn"] = Field(default="gptq", description="the codes that learning starts from")
+    start: Literal["gptq", "rtn"] = Field(default="gptq", description="whose scales learning starts from")
     refine: int = Field(default=1, ge=0, description="times to go over codes and scales again")
     dtype: str | None = Field(
         default=None, description="type of what is not quantized, and of scales; null is the model's"

@@ -11,8 +11,10 @@ the gradient that of the error of the block's outputs (`wtool.block_fit` tells w
 
     dQ/dV = s,    dQ/ds = (code - z) - W / s     where nothing is clipped, and code - z where it is.
 
-Here it starts from codes that another method found, and not from those that are nearest. So W gives way to the point T
-that these codes are the nearest to, as near W as can be. V = 0 and a = 1 are the start. Zeros stay what they are.
+Here s0 are scales that another method has fitted, and not those that cover each group's largest weight; with V = 0 and
+a = 1 the codes are those nearest to W on that grid. Zeros stay what they are. The codes of that other method are not
+started from: they are far from W where that serves the calibration's tokens, and what is learned from there is worse on
+all others (docs/quantization.md has the figures).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,37 +27,27 @@ from torch.nn.functional import pad
 
 from wtool.grid import Grid, Quantized
 
-EDGE = 0.499  # of a step: how far from its code at most a weight begins
 FARTHEST = 0.5  # that V may move a weight, in steps
 FACTORS = (0.5, 1.5)  # of the scales
 _CHUNK = 1 << 16  # weights at a time, so that what is computed from them stays in the processor's cache
 
 
-def centre(weight: Tensor, start: Quantized, grid: Grid) -> Tensor:
-    """The points to be rounded, float32 [out, in]: of those that have the start's codes, the nearest to W."""
-    scales = start.scales.float()[:, start.group_index]
-    codes = start.codes.float()
-    zeros = 0 if start.zeros is None else start.zeros.float()[:, start.group_index]
-    exact = weight.float() / scales + zeros
-    low = torch.where(codes == grid.lowest, exact.clamp(max=grid.lowest), codes - EDGE)  # what is clipped stays so
-    high = torch.where(codes == grid.highest, exact.clamp(min=grid.highest), codes + EDGE)
-    low, high = torch.minimum(low, codes - EDGE), torch.maximum(high, codes + EDGE)
-    return (torch.minimum(torch.maximum(exact, low), high) - zeros) * scales
-
-
 class Rounding:
     """A matrix while its rounding is learned."""
 
-    def __init__(self, points: Tensor, start: Quantized, grid: Grid):
-        """points: what `centre` gives, [out, in]"""
+    def __init__(self, weight: Tensor, start: Quantized, grid: Grid):
+        """
+        weight: [out, in], of any float type; may change afterwards
+        start: whose scales, zeros and groups are begun with; not its codes
+        """
         self._grid, self._start = grid, start
         index = start.group_index
         self._columns, self._width = len(index), grid.width(len(index))
         neighbours = torch.equal(index, grid.group_index(len(index), index.device))
         self._order = None if neighbours else index.argsort(stable=True)
-        self._points = self._grouped(points)
-        self._step = max(1, _CHUNK // len(index)) if points.device.type == "cpu" else len(points)
-        self.offsets = torch.zeros_like(self._points)  # V, [out, groups, width]
+        self._weights = self._grouped(weight.to(torch.float32, copy=True))
+        self._step = max(1, _CHUNK // len(index)) if weight.device.type == "cpu" else len(weight)
+        self.offsets = torch.zeros_like(self._weights)  # V, [out, groups, width]
         self.factors = torch.ones_like(start.scales, dtype=torch.float32)  # a, [out, groups]
 
     def values(self, out: Tensor) -> None:
@@ -64,7 +56,7 @@ class Rounding:
             scales, _, codes, _ = self._at(rows)
             out[rows] = self._flat(codes.mul_(scales))
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+    def step(self, gradient: Tensor, rate: float) -> None:
         """Go one step down.
 
         gradient: [out, in], of the loss by the rounded weights
@@ -74,7 +66,7 @@ class Rounding:
             scales, exact, codes, clipped = self._at(rows)
             by_scale = codes.sub_(exact.masked_fill_(clipped, 0)).mul_(slope).sum(dim=2)
             by_factor = by_scale.mul_(self._start.scales[rows].float())
-            self.factors[rows].sub_(by_factor.sign_(), alpha=scale_rate).clamp_(*FACTORS)
+            self.factors[rows].sub_(by_factor.sign_(), alpha=rate).clamp_(*FACTORS)
             self.offsets[rows].sub_(slope.mul_(scales).sign_(), alpha=rate).clamp_(-FARTHEST, FARTHEST)
 
     def quantized(self) -> Quantized:
@@ -84,9 +76,9 @@ class Rounding:
         return replace(self._start, codes=flat, scales=self._scales(slice(None)))
 
     def _at(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of some rows: scales [rows, groups, 1]; [rows, groups, width]: T / s, codes less zeros, what is clipped."""
+        """Of some rows: scales [rows, groups, 1]; [rows, groups, width]: W / s, codes less zeros, what is clipped."""
         scales, zeros = self._scales(rows).float()[:, :, None], self._zeros(rows)
-        exact = self._points[rows] / scales
+        exact = self._weights[rows] / scales
         moved = (exact + self.offsets[rows]).add_(zeros).round_()
         codes = moved.clamp(self._grid.lowest, self._grid.highest)
         return scales, exact, codes.sub(zeros), codes != moved
@@ -102,7 +94,7 @@ class Rounding:
         return 0.0 if self._start.zeros is None else self._start.zeros[rows].float()[:, :, None]
 
     def _chunks(self) -> Iterator[slice]:
-        rows = len(self._points)
+        rows = len(self._weights)
         return (slice(begin, min(begin + self._step, rows)) for begin in range(0, rows, self._step))
 
     def _grouped(self, matrix: Tensor) -> Tensor:
@@ -130,10 +122,6 @@ class Task(Protocol):
         """Of the loss over some batches, by each of the matrices [out, in]; None where there is none."""
         ...
 
-    def loss(self) -> float:
-        """The loss over all batches."""
-        ...
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -141,39 +129,20 @@ class Schedule:
 
     steps: int
     batches: int  # that the gradient of a step is of
-    rate: float  # of the first step, in steps of the grid
-    scale_rate: float  # the same of the scales, in shares of them
+    rate: float  # of the first step: in steps of the grid for V, in shares of the scales for a
     seed: int
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What was learned."""
-
-    matrices: list[Quantized]
-    before: float  # the loss over all batches
-    after: float  # never larger
-
-
-def learn(matrices: Sequence[Rounding], task: Task, schedule: Schedule) -> Learned:
-    """Learn the rounding of a block's matrices together."""
+def learn(matrices: Sequence[Rounding], task: Task, schedule: Schedule) -> None:
+    """Learn the rounding of a block's matrices together; the block is left computing with what was learned."""
     task.put(matrices)
-    best = Learned([matrix.quantized() for matrix in matrices], before := task.loss(), before)
     for step, batches in enumerate(_draws(task.batches, schedule)):
         left = 1 - step / schedule.steps
         gradients = task.gradients(batches)
         for matrix, gradient in zip(matrices, gradients, strict=True):
             if gradient is not None:
-                matrix.step(gradient, schedule.rate * left, schedule.scale_rate * left)
+                matrix.step(gradient, schedule.rate * left)
         task.put(matrices)
-        if (step + 1) in _looks(schedule.steps) and (loss := task.loss()) < best.after:
-            best = Learned([matrix.quantized() for matrix in matrices], before, loss)
-    return best
-
-
-def _looks(steps: int) -> set[int]:
-    """After which steps the loss over all batches is computed: with a falling rate, the best come last."""
-    return {steps, -(-3 * steps // 4)}
 
 
 def _draws(batches: int, schedule: Schedule) -> Iterator[list[int]]:

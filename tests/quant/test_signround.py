@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quant.gptq import gptq
 from quant.rtn import rtn
-from quant.signround import EDGE, FACTORS, Rounding, Schedule, centre, learn
-from wtool.grid import Grid, Quantized
+from quant.signround import FACTORS, Rounding, Schedule, learn
+from wtool.grid import Grid, Quantized, encode
 
 GRIDS = [Grid(4, 8), Grid(3, 5), Grid(2, -1), Grid(4, 8, symmetric=False), Grid(3, 5, symmetric=False)]
 SHAPES = [(6, 24), (3, 17), (5, 1), (1, 8)]
@@ -26,10 +26,10 @@ def gram_of(features: int, seed: int = 1) -> Tensor:
 
 
 def begun(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Quantized, Tensor]:
-    """A start by GPTQ, and the points to round."""
+    """A start by GPTQ, and the weights."""
     gram = gram_of(weight.shape[1])
     start = gptq(weight, gram, grid, scale_dtype=dtype, refine=1, refit=True).quantized
-    return start, centre(weight, start, grid)
+    return start, weight
 
 
 def values(matrix: Rounding, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,32 +49,19 @@ def rounded(point: float, scale: float, zero: float, offset: float, grid: Grid) 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_it_begins_with_the_codes_of_the_start(grid: Grid, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_it_begins_with_the_nearest_codes_on_the_grid_of_the_start(
+    grid: Grid, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     weight = drawn(shape).masked_fill(drawn(shape, 9) > 1.5, 0).abs_() if grid.bits == 2 else drawn(shape)
-    start, points = begun(weight, grid, dtype)
-    matrix = Rounding(points, start, grid)
+    start, _ = begun(weight, grid, dtype)
+    given = weight.clone()
+    matrix = Rounding(given, start, grid)
+    given.fill_(torch.nan)  # it keeps nothing of the tensor it was given
     first = matrix.quantized()
-    assert torch.equal(first.codes, start.codes) and torch.equal(first.scales, start.scales)
+    nearest = encode(weight, start.scales, start.zeros, start.group_index, grid)
+    assert torch.equal(first.codes, nearest) and torch.equal(first.scales, start.scales)
     assert first.scales.dtype == dtype and first.codes.dtype == torch.int8
-    assert torch.equal(values(matrix, shape), start.values())
-
-
-@pytest.mark.parametrize("grid", GRIDS[:4], ids=str)
-def test_points_are_the_weights_but_for_codes_that_are_not_the_nearest(grid: Grid) -> None:
-    weight = drawn((6, 24))
-    plain = rtn(weight, grid, scale_dtype=torch.float32)
-    points = centre(weight, plain, grid)
-    off = (points - weight).abs() / plain.scales.abs()[:, plain.group_index]
-    assert float(off.max()) <= 0.5 - EDGE + 1e-5
-    start, _ = begun(weight, grid)
-    points = centre(weight, start, grid)
-    scales = start.scales[:, start.group_index]
-    zeros = 0 if start.zeros is None else start.zeros.float()[:, start.group_index]
-    inside = (start.codes > grid.lowest) & (start.codes < grid.highest)
-    off = (points / scales + zeros - start.codes).abs()[inside]
-    assert float(off.max()) <= EDGE + 1e-4
-    moved = inside & ((weight / scales + zeros - start.codes).abs() < EDGE)
-    torch.testing.assert_close(points[moved], weight[moved])
+    assert torch.equal(values(matrix, shape), first.values())
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -86,8 +73,8 @@ def test_a_step_is_that_of_the_definition(grid: Grid, shape: tuple[int, int]) ->
     offsets = [[0.0] * shape[1] for _ in range(shape[0])]
     factors = [[1.0] * groups for _ in range(shape[0])]
     for number in range(4):
-        slope, rate, scale_rate = drawn(shape, number + 5), 0.3 - 0.05 * number, 0.05
-        matrix.step(slope, rate, scale_rate)
+        slope, rate = drawn(shape, number + 5), 0.15 - 0.02 * number
+        matrix.step(slope, rate)
         for row in range(shape[0]):
             by_factor = [0.0] * groups
             for column in range(shape[1]):
@@ -101,8 +88,11 @@ def test_a_step_is_that_of_the_definition(grid: Grid, shape: tuple[int, int]) ->
                 sign = (own * scale > 0) - (own * scale < 0)
                 offsets[row][column] = min(max(offsets[row][column] - rate * sign, -0.5), 0.5)
             for group in range(groups):
+                if abs(by_factor[group]) < 1e-6:  # nothing but what float32 rounds away
+                    factors[row][group] = float(matrix.factors[row, group])
+                    continue
                 sign = (by_factor[group] > 0) - (by_factor[group] < 0)
-                factors[row][group] = min(max(factors[row][group] - scale_rate * sign, FACTORS[0]), FACTORS[1])
+                factors[row][group] = min(max(factors[row][group] - rate * sign, FACTORS[0]), FACTORS[1])
         found = matrix.quantized()
         for row in range(shape[0]):
             for column in range(shape[1]):
@@ -121,10 +111,11 @@ def test_the_gradient_of_a_scale_is_that_of_the_straight_through_function() -> N
     grid = Grid(3, 6, symmetric=True)
     start, points = begun(drawn((4, 12)), grid)
     matrix, slope = Rounding(points, start, grid), drawn((4, 12), 3)
-    matrix.step(slope, 0.4, 0.0)  # so that codes and points are not all at rest
+    matrix.step(slope, 0.4)  # so that codes and points are not all at rest
+    matrix.factors.fill_(1)
     before = matrix.offsets.flatten(1).double()
     moved = matrix.factors.clone()
-    matrix.step(slope, 0.0, 0.25)
+    matrix.step(slope, 0.25)
     signs = (moved - matrix.factors).sign()
 
     def loss(factors: Tensor) -> Tensor:
@@ -145,13 +136,21 @@ def test_groups_that_are_no_neighbours_are_kept_apart() -> None:
     grid, weight, gram = Grid(3, 4), drawn((5, 12)), gram_of(12)
     start = gptq(weight, gram, grid, scale_dtype=torch.float32, static_groups=False).quantized
     assert not torch.equal(start.group_index, grid.group_index(12))
-    matrix = Rounding(centre(weight, start, grid), start, grid)
-    assert torch.equal(matrix.quantized().codes, start.codes)
+    matrix = Rounding(weight, start, grid)
+    first = matrix.quantized().values()
+    assert torch.equal(first[:, 3], Rounding(weight[:, 3:4], _column(start, 3), Grid(3, -1)).quantized().values()[:, 0])
     slope = drawn((5, 12), 4)
-    matrix.step(slope, 0.5, 0.0)
-    moved = matrix.quantized().values() - start.values()
+    matrix.step(slope, 0.5)
+    matrix.factors.fill_(1)
+    moved = matrix.quantized().values() - first
     assert bool((moved * slope <= 0).all()) and bool((moved != 0).any())
     torch.testing.assert_close(values(matrix, (5, 12)), matrix.quantized().values())
+
+
+def _column(quantized: Quantized, column: int) -> Quantized:
+    group = int(quantized.group_index[column])
+    scales = quantized.scales[:, group : group + 1]
+    return Quantized(quantized.codes[:, column : column + 1], scales, None, torch.zeros(1, dtype=torch.int64))
 
 
 class Regression:
@@ -195,51 +194,43 @@ def lesson(grid: Grid, seed: int = 0) -> tuple[Callable[[], list[Rounding]], Reg
     weights = [drawn((16, 16), seed) / 4, drawn((8, 16), seed + 1) / 4]
     starts = [rtn(weight, grid, scale_dtype=torch.float32) for weight in weights]
     pairs = list(zip(weights, starts, strict=True))
-    return lambda: [Rounding(centre(weight, start, grid), start, grid) for weight, start in pairs], Regression(
-        weights, 4
-    )
+    return lambda: [Rounding(weight, start, grid) for weight, start in pairs], Regression(weights, 4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_what_is_learned_lowers_the_loss_and_is_what_the_loss_was_of(symmetric: bool) -> None:
+def test_what_is_learned_lowers_the_loss_and_is_what_the_loss_is_of(symmetric: bool) -> None:
     begin, task = lesson(Grid(3, 8, symmetric))
-    learned = learn(begin(), task, Schedule(60, 2, 1 / 60, 1 / 600, 0))
-    assert 0 < learned.after < 0.8 * learned.before
-    for now, quantized in zip(task._now, learned.matrices, strict=True):
-        now.copy_(quantized.values())
-    assert task.loss() == pytest.approx(learned.after, rel=1e-5)
-
-
-@pytest.mark.parametrize("rate", [1e-3, 0.9])
-def test_the_loss_is_never_larger_than_at_the_start(rate: float) -> None:
-    for seed in range(5):
-        begin, task = lesson(Grid(2, 8), seed)
-        learned = learn(begin(), task, Schedule(3, 1, rate, rate, seed))
-        assert learned.after <= learned.before
+    matrices = begin()
+    task.put(matrices)
+    before = task.loss()
+    learn(matrices, task, Schedule(60, 2, 1 / 60, 0))
+    assert 0 < (after := task.loss()) < 0.8 * before
+    for now, matrix in zip(task._now, matrices, strict=True):
+        now.copy_(matrix.quantized().values())
+    assert task.loss() == pytest.approx(after, rel=1e-5)
 
 
 def test_no_steps_leave_the_start() -> None:
     begin, task = lesson(Grid(3, 8))
-    learned = learn(begin(), task, Schedule(0, 2, 1.0, 1.0, 0))
-    assert learned.after == learned.before
-    for matrix, quantized in zip(begin(), learned.matrices, strict=True):
-        assert torch.equal(matrix.quantized().codes, quantized.codes)
+    matrices = begin()
+    learn(matrices, task, Schedule(0, 2, 1.0, 0))
+    for matrix, first in zip(matrices, begin(), strict=True):
+        assert torch.equal(matrix.quantized().codes, first.quantized().codes)
 
 
-def test_offsets_stay_within_half_a_step() -> None:
+def test_offsets_and_factors_stay_within_their_bounds() -> None:
     begin, task = lesson(Grid(3, 8))
-    matrices, starts = begin(), begin()
-    learn(matrices, task, Schedule(40, 2, 0.5, 0.0, 0))
-    for matrix, start in zip(matrices, starts, strict=True):
-        assert float(matrix.offsets.abs().max()) <= 0.5
-        moved = matrix.quantized().codes.int() - start.quantized().codes.int()
-        assert int(moved.abs().max()) == 1
+    matrices = begin()
+    learn(matrices, task, Schedule(40, 2, 0.5, 0))
+    for matrix in matrices:
+        assert float(matrix.offsets.abs().max()) == 0.5
+        assert FACTORS[0] <= float(matrix.factors.min()) and float(matrix.factors.max()) <= FACTORS[1]
 
 
 def test_equal_seeds_learn_the_same() -> None:
     codes: list[Tensor] = []
     for seed in (3, 3, 4):
         begin, task = lesson(Grid(3, 8))
-        learned = learn(begin(), task, Schedule(20, 2, 0.05, 0.01, seed))
-        codes.append(torch.cat([quantized.codes.flatten() for quantized in learned.matrices]))
+        learn(matrices := begin(), task, Schedule(20, 2, 0.05, seed))
+        codes.append(torch.cat([matrix.quantized().codes.flatten() for matrix in matrices]))
     assert torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
