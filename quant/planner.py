@@ -31,6 +31,7 @@ from .matrix import explain, quantize, rounded, split
 from .recipe import METHODS, QuantRecipe
 from .rotating import as_it_lies, open_source, rotation_noted, rotation_told, rotation_warnings
 from .targets import problems as target_problems
+from .targets import unopened
 
 # Layers whose outputs are multiplied with each other: AWQ clips none of them, alone or fused with values.
 QUERIES_OR_KEYS = frozenset(
@@ -117,7 +118,11 @@ def plan_quantize(
         files=files,
         recipe={"quantize": record, **rotation_noted(source)},
         problems=problems,
-        warnings=source_warnings(recipe, source) + rotation_warnings(source, steps),
+        warnings=[
+            *source_warnings(recipe, source),
+            *rotation_warnings(source, steps),
+            *unopened(recipe, (layer.linear for layer in layers.values())),
+        ],
         about={"left": left, "summary": _summary(source, steps, layers), **rotation_told(recipe, source)},
         work=_work(recipe, source, steps),
         max_shard_bytes=max_shard_bytes,
@@ -249,8 +254,8 @@ def _work(recipe: QuantRecipe, source: Checkpoint, steps: Sequence[Step]) -> dic
         return {}
     asked, forwards = recipe.calibration, 1 if recipe.way == "sequential" else 2
     forwards += METHODS[recipe.method].scaled  # one to look
-    if METHODS[recipe.method].learned:  # targets, inputs, the end, three losses; a gradient takes two forwards more
-        forwards = 6 + -(-3 * recipe.iters * min(recipe.batch, asked.samples) // asked.samples)
+    if METHODS[recipe.method].learned:  # targets, inputs, the end, two losses; a gradient takes two forwards more
+        forwards = 5 + -(-3 * recipe.iters * min(recipe.batch, asked.samples) // asked.samples)
     return walk_work(source, asked.samples, asked.seqlen, forwards=forwards, fits=True)
 
 

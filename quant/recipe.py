@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method("column by column, later columns make up for the errors of earlier ones", calibrated=True),
     "awq": Method("round inputs scaled up where activations are large", calibrated=True, scaled=True, symmetric=False),
     "signround": Method(
-        "codes of gptq, then learned by gradients of the block's outputs", calibrated=True, learned=True
+        "codes on the grid that gptq fits, learned by gradients of the block's outputs", calibrated=True, learned=True
     ),
     "awq+gptq": Method("the scales of awq, then gptq", calibrated=True, scaled=True, symmetric=False),
 }

@@ -5,17 +5,20 @@ AutoGPTQ 0.7.1.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from wtool.formats import Scheme, Shape
 from wtool.formats.fp8 import Fp8
 from wtool.grid import Grid
+from wtool.linear_names import LinearLayer
 
 from .recipe import QuantRecipe
 
 if TYPE_CHECKING:
     from .planner import Layer
+
+NO_CONV1D = "is a Conv1D, and transformers opens a quantized one with random weights or not at all"
 
 # Layers that runtimes compute as one, so that they must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
@@ -30,6 +33,12 @@ def problems(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> list[str]:
         return [f"{recipe.target} does not read {recipe.format} (it reads {', '.join(TAKES[recipe.target])})"]
     found = [f"{recipe.target}: '{name}' {rule}" for name, rule in RULES[recipe.target](recipe, layers)]
     return found
+
+
+def unopened(recipe: QuantRecipe, linears: Iterable[LinearLayer]) -> list[str]:
+    """What transformers, which most would try, opens wrongly and says little about."""
+    turned = [linear.module for linear in linears if linear.transposed]
+    return [f"'{turned[0]}' {NO_CONV1D}"] if turned and recipe.format in ("compressed-tensors", "fp8") else []
 
 
 def fp8_problems(recipe: QuantRecipe, scheme: Fp8, shapes: Mapping[str, Shape]) -> list[str]:
@@ -77,6 +86,10 @@ def _vllm(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[
 def _transformers(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
     if recipe.format.startswith("gptq"):  # it reads them through GPTQModel
         yield from _gptqmodel(recipe, layers)
+    if recipe.format == "compressed-tensors":
+        for name, layer in layers.items():
+            if layer.linear.transposed:
+                yield name, NO_CONV1D
 
 
 def _gptqmodel(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:

@@ -276,6 +276,19 @@ def test_what_cannot_be_meant_is_told_in_one_line(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("scheme", [["-g", "32"], ["--scheme", "fp8-dynamic"]], ids=["int4", "fp8"])
+def test_a_conv1d_that_transformers_would_not_fill_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: list[str]
+) -> None:
+    saved_family("gpt2", tmp_path / "gpt2")
+    plan = ["quantize", str(tmp_path / "gpt2"), "-m", "rtn", *scheme, "--dry-run"]
+    assert run(plan) == 0
+    told = "'transformer.h.0.attn.c_attn' is a Conv1D, and transformers opens a quantized one with random weights"
+    assert f"warning: {told}" in capsys.readouterr().out
+    assert run([*plan, "--target", "transformers"]) == 3
+    assert f"transformers: {told}" in capsys.readouterr().out
+
+
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
