@@ -24,7 +24,7 @@ from torch import Tensor
 from wtool.block_pass import Forward, HiddenStates, S, Sites, Visitor, gathered_inputs
 from wtool.calibrate import HERE, Progress, Where, batches_of, first_inputs, hidden_states
 from wtool.console import working_on
-from wtool.memory import give_back_freed_memory, give_back_large_blocks
+from wtool.memory import give_back_freed_memory, keep_freed_memory
 from wtool.network import Block, Linear, Network, Read
 
 
@@ -125,7 +125,7 @@ def walk(
     """
     batches = batches_of(windows, where.batch_tokens, windows_together)
     progress, silent = start(len(batches) * len(network.blocks)), _Silent()
-    give_back_large_blocks()
+    keep_freed_memory()  # of one step for the next; what a block leaves is given back after it
     places = (where.activations, network.device)
     with torch.no_grad(), hidden_states(*places) as hidden, hidden_states(*places) as exact:
         calls, sites = first_inputs(network, batches, hidden), Sites()
