@@ -130,13 +130,6 @@ def merge(
         quiet=quiet,
     )
     text = {"data": calib, "samples": samples, "seqlen": seqlen, "text_column": text_column, "split": split}
-    if on_inputs := regmean_cli.asked(models, text, stats, flags):
-        place = partial(options.where, device, compute_dtype, activations, batch_tokens, trust_remote_code)
-        return regmean_cli.merge(on_inputs, job, place, greedy=greedy)
-    if staged := stages_cli.asked(models, flags):
-        return stages_cli.merge(staged, models[0], job, keep=keep_stages, greedy=greedy)
-    stages_cli.check(keep_stages)
-    recipe = recipe_asked(models, flags)
     soup = greedy_cli.asked(
         greedy,
         window=window,
@@ -147,6 +140,13 @@ def merge(
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,
     )
+    if on_inputs := regmean_cli.asked(models, text, stats, flags):
+        place = partial(options.where, device, compute_dtype, activations, batch_tokens, trust_remote_code)
+        return regmean_cli.merge(on_inputs, job, place, greedy=soup)
+    if staged := stages_cli.asked(models, flags):
+        return stages_cli.merge(staged, models[0], job, keep=keep_stages, greedy=soup)
+    stages_cli.check(keep_stages)
+    recipe = recipe_asked(models, flags)
     if soup:
         greedy_cli.merge(recipe, soup, job)
     else:

@@ -158,6 +158,13 @@ def test_mistakes_are_one_line(models, tmp_path, capsys, change, message):
     assert message in said and said.count("\n") == 1
 
 
+def test_what_is_for_greedy_soups_alone_is_refused(recipe, tmp_path, capsys):
+    assert run(["merge", recipe, "--window", "8", "-o", str(tmp_path / "out")]) == 2
+    assert "--window tells how --greedy measures" in capsys.readouterr().err
+    assert run(["merge", recipe, "--greedy", "held.txt", "-o", str(tmp_path / "out")]) == 2
+    assert "--greedy chooses among the models of one merge" in capsys.readouterr().err
+
+
 def test_where_all_have_names_the_last_is_the_output(models, tmp_path):
     assert run(["merge", written(models, tmp_path, RECIPE), "-o", str(tmp_path / "one")]) == 0
     named = RECIPE.replace("---\nmerge_method", "---\nname: last\nmerge_method")

@@ -239,6 +239,7 @@ def test_texts_of_other_tokens_are_refused(capfd: pytest.CaptureFixture[str], tm
     "arguments, code, words",
     [
         (["docs", "code", "--window", "8"], 2, "--window tells how --greedy measures; give --greedy HELD.txt"),
+        (["docs", "code", "-m", "regmean", "--window", "8"], 2, "--window tells how --greedy measures; give --greedy"),
         (["docs", "code", "--greedy", "docs.txt", "--stride", "9", "--window", "8"], 2, "--stride 9 is beyond"),
         (["docs", "code", "--greedy", "docs.txt", "-m", "slerp", "-t", "0.5"], 2, "one model or more"),
         (["docs", "code", "--greedy", "none.txt"], 3, "none.txt: no such text file"),
