@@ -14,7 +14,7 @@ the gradient that of the error of the block's outputs (`wtool.block_fit` tells w
 Here s0 are scales that another method has fitted, and not those that cover each group's largest weight; with V = 0 and
 a = 1 the codes are those nearest to W on that grid. Zeros stay what they are. The codes of that other method are not
 started from: they are far from W where that serves the calibration's tokens, and what is learned from there is worse on
-all others (docs/quantization.md has the figures).
+all others (docs/quantizing.md has the figures).
 """
 
 from collections.abc import Iterator, Sequence
