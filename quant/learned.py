@@ -1,8 +1,8 @@
 """Learned rounding on the walk: the linears of a block are quantized, then their rounding is learned together.
 
-The Gram matrices are of what the quantized blocks before feed the block as it was, as in one pass. A matrix that few
-tokens came to is rounded and not learned, and one that the block's output never depended on stays as it started; so do
-all of a block whose output is not nearer for what was learned. The report tells.
+The Gram matrices are of the activations of the model as it was. A matrix that few
+tokens came to is rounded and not learned, and one that the block's output never depended on stays as GPTQ made it. The
+report tells.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from wtool.block_fit import Lesson, walk
 from wtool.block_pass import Site
 from wtool.calibrate import Progress, Where
-from wtool.network import Linear, Network
+from wtool.network import Block, Linear, Network
 from wtool.rewrite import Made, Output, Rewriting
 from wtool.statistics import Gram
 
@@ -30,6 +30,7 @@ class LearnedRewriting(Rewriting[Gram]):
         super().__init__(change, network, output, transposed)
         self._quantizing = change
         self._found: dict[Linear, Found] = {}  # of the block being done
+        self._made: dict[Linear, Made] = {}  # of the same
 
     def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
         linears = self._changed(site.linears)
@@ -40,35 +41,34 @@ class LearnedRewriting(Rewriting[Gram]):
 
     def fit(self, lesson: Lesson, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
         found, self._found = self._found, {}
-        values: dict[Linear, Tensor] = {}
-        for linear, one in found.items():
-            if one.outcome.fallback:
-                values[linear] = self._keep(linear.name, made_of(one))
-                lesson.view(linear).copy_(values[linear])
-        started = {linear: one for linear, one in found.items() if linear not in values}
-        for linear, made in self._learned(lesson, started).items():
-            values[linear] = self._keep(linear.name, made)
+        rounded = {linear: made_of(one) for linear, one in found.items() if one.outcome.fallback}
+        for linear, made in rounded.items():
+            lesson.view(linear).copy_(made.value)
+        self._made = rounded | self._learned(lesson, {key: one for key, one in found.items() if key not in rounded})
+        values = {linear: made.value for linear, made in self._made.items()}
         return {**values, **self.block(lesson.forward.block, unseen)}
 
+    def fitted(self, block: Block, loss: float) -> None:
+        told = {"block_loss": float(f"{loss:.6g}")}
+        for linear, made in self._made.items():
+            self._keep(linear.name, _telling(made, told))
+        self._write_beside([linear.name for linear in self._made])
+        self._made = {}
+
     def _learned(self, lesson: Lesson, found: Mapping[Linear, Found]) -> dict[Linear, Made]:
-        recipe, block = self._quantizing.recipe, lesson.forward.block
-        if not found or not recipe.iters:
-            return {linear: made_of(one) for linear, one in found.items()}
+        recipe = self._quantizing.recipe
+        if not found:
+            return {}
         matrices = [_begun(lesson.view(linear), one) for linear, one in found.items()]
-        for linear, one in found.items():
-            lesson.view(linear).copy_(one.outcome.quantized.values())
-        before, task = lesson.loss(), _Task(lesson, list(found))
-        learn(matrices, task, _schedule(recipe, lesson, block.index))
-        after = lesson.loss()
-        told = {"block_loss_before": _short(before), "block_loss": _short(min(before, after))}
+        task = _Task(lesson, list(found))
+        learn(matrices, task, _schedule(recipe, lesson, lesson.forward.block.index))
         made: dict[Linear, Made] = {}
         for (linear, one), matrix in zip(found.items(), matrices, strict=True):
-            own, outcome = told, one.outcome
-            if linear not in task.reached:
-                own = {"not_learned": "no gradient came to it"}
-            elif after < before:
-                outcome = replace(outcome, quantized=matrix.quantized())
-            made[linear] = _telling(made_of(replace(one, outcome=outcome)), own)
+            if linear in task.reached:
+                outcome = replace(one.outcome, quantized=matrix.quantized())
+                made[linear] = made_of(replace(one, outcome=outcome))
+            else:
+                made[linear] = _telling(made_of(one), {"not_learned": "no gradient came to it"})
         return made
 
 
@@ -128,7 +128,3 @@ def _telling(made: Made, more: Mapping[str, Any]) -> Made:
     """The same, of which the report tells more."""
     explain: Callable[[Tensor], Mapping[str, Any]] = made.explain
     return replace(made, explain=lambda weight: {**explain(weight), **more})
-
-
-def _short(loss: float) -> float:
-    return float(f"{loss:.6g}")

@@ -106,7 +106,7 @@ class QuantRecipe(BaseModel):
     act_order: bool = Field(default=True, description="columns in the order of their activations")
     static_groups: bool = Field(default=True, description="scales from the weights as they were")
     clip: bool = Field(default=True, description="search how much of each range to cover")
-    iters: int = Field(default=50, ge=0, description="steps that the rounding of a block is learned in")
+    iters: int = Field(default=50, ge=1, description="steps that the rounding of a block is learned in")
     batch: int = Field(default=8, ge=1, description="windows that each of them is learned from")
     lr: float | None = Field(
         default=None, gt=0, le=1, description="of the first step, in steps of the grid; null is 1 / iters"

@@ -29,7 +29,7 @@ from wtool.grid import Grid, Quantized
 
 FARTHEST = 0.5  # that V may move a weight, in steps
 FACTORS = (0.5, 1.5)  # of the scales
-_CHUNK = 1 << 16  # weights at a time, so that what is computed from them stays in the processor's cache
+_CHUNK = 1 << 18  # weights at a time: little more memory, and not so few that starting each operation counts
 
 
 class Rounding:
@@ -53,35 +53,47 @@ class Rounding:
     def values(self, out: Tensor) -> None:
         """Put the rounded weights into a tensor [out, in], of any float type."""
         for rows in self._chunks():
-            scales, _, codes, _ = self._at(rows)
-            out[rows] = self._flat(codes.mul_(scales))
+            scales, zeros = self._grid_of(rows)
+            codes = self._codes(rows, scales, zeros)
+            out[rows] = self._flat((codes if zeros is None else codes.sub_(zeros)).mul_(scales))
 
     def step(self, gradient: Tensor, rate: float) -> None:
         """Go one step down.
 
-        gradient: [out, in], of the loss by the rounded weights
+        gradient: [out, in], of the loss by the rounded weights; is overwritten
         """
         for rows in self._chunks():
             slope = self._grouped(gradient[rows].float())
-            scales, exact, codes, clipped = self._at(rows)
-            by_scale = codes.sub_(exact.masked_fill_(clipped, 0)).mul_(slope).sum(dim=2)
+            scales, zeros = self._grid_of(rows)
+            exact = self._weights[rows] / scales
+            codes = exact + self.offsets[rows]
+            codes = (codes if zeros is None else codes.add_(zeros)).round_()
+            inside = codes.clone()
+            codes.clamp_(self._grid.lowest, self._grid.highest)
+            inside.eq_(codes)  # 1 where nothing is clipped, else 0; ten times faster than with bools
+            codes.addcmul_(exact, inside, value=-1)
+            by_scale = (codes if zeros is None else codes.sub_(zeros)).mul_(slope).sum(dim=2)
             by_factor = by_scale.mul_(self._start.scales[rows].float())
             self.factors[rows].sub_(by_factor.sign_(), alpha=rate).clamp_(*FACTORS)
-            self.offsets[rows].sub_(slope.mul_(scales).sign_(), alpha=rate).clamp_(-FARTHEST, FARTHEST)
+            offsets = self.offsets[rows]  # dQ/dV is a scale, which may be negative
+            offsets.addcmul_(slope.sign_(), scales.sign_(), value=-rate).clamp_(-FARTHEST, FARTHEST)
 
     def quantized(self) -> Quantized:
         """The codes and scales as they stand."""
-        codes = [self._at(rows)[2].add_(self._zeros(rows)).to(torch.int8) for rows in self._chunks()]
+        codes = [self._codes(rows, *self._grid_of(rows)).to(torch.int8) for rows in self._chunks()]
         flat = self._flat(torch.cat(codes)).contiguous()
         return replace(self._start, codes=flat, scales=self._scales(slice(None)))
 
-    def _at(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of some rows: scales [rows, groups, 1]; [rows, groups, width]: W / s, codes less zeros, what is clipped."""
-        scales, zeros = self._scales(rows).float()[:, :, None], self._zeros(rows)
-        exact = self._weights[rows] / scales
-        moved = (exact + self.offsets[rows]).add_(zeros).round_()
-        codes = moved.clamp(self._grid.lowest, self._grid.highest)
-        return scales, exact, codes.sub(zeros), codes != moved
+    def _codes(self, rows: slice, scales: Tensor, zeros: Tensor | None) -> Tensor:
+        """Of some rows, float32 [rows, groups, width]."""
+        exact = torch.div(self._weights[rows], scales).add_(self.offsets[rows])
+        codes = (exact if zeros is None else exact.add_(zeros)).round_()
+        return codes.clamp_(self._grid.lowest, self._grid.highest)
+
+    def _grid_of(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """The scales and zeros of some rows, [rows, groups, 1]."""
+        zeros = self._start.zeros
+        return self._scales(rows).float()[:, :, None], None if zeros is None else zeros[rows].float()[:, :, None]
 
     def _scales(self, rows: slice) -> Tensor:
         """The scales as they are stored, [rows, groups]."""
@@ -89,9 +101,6 @@ class Rounding:
         limits = torch.finfo(first.dtype)
         moved = first.float() * self.factors[rows]
         return torch.copysign(moved.abs().clamp(limits.tiny, limits.max), moved).to(first.dtype)
-
-    def _zeros(self, rows: slice) -> Tensor | float:
-        return 0.0 if self._start.zeros is None else self._start.zeros[rows].float()[:, :, None]
 
     def _chunks(self) -> Iterator[slice]:
         rows = len(self._weights)

@@ -4,10 +4,9 @@ Two streams of activations go through the model side by side: one through the bl
 blocks as they have been changed. A block is to make of the second what it made of the first, so that it makes up for
 the errors of the blocks before it as far as it can.
 
-    1. the block as it was takes the first stream on; its outputs are the targets
-    2. it takes the second stream for what goes into its linears; nothing is kept of the outputs
-    3. its linears are learned, by gradients through this one block (a `Lesson`)
-    4. changed for good, it takes the second stream on
+    1. the block as it was takes the first stream on, while statistics are gathered; its outputs are the targets
+    2. its linears are learned for the second stream, by gradients through this one block (a `Lesson`)
+    3. changed for good, it takes the second stream on
 
 In memory are one block, its gradients, its statistics, both streams, and what one batch needs for its gradient.
 """
@@ -21,21 +20,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wtool.block_pass import Forward, HiddenStates, S, Sites, Visitor, gathered_inputs
+from wtool.block_pass import Forward, Gathered, HiddenStates, S, Sites, Visitor, gathered_passing
 from wtool.calibrate import HERE, Progress, Where, batches_of, first_inputs, hidden_states
 from wtool.console import working_on
 from wtool.memory import give_back_freed_memory, keep_freed_memory
-from wtool.network import Block, Linear, Network, Read
+from wtool.network import Block, Linear, Network
 
 
 class Fitter(Visitor[S], Protocol):
     """A visitor that fits a block's linears together."""
 
     def fit(self, lesson: Lesson, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
-        """Called when all sites of a block were visited, which change nothing.
+        """Called when all sites of a block were visited, which change nothing; theirs are inputs of the first stream.
 
         unseen: linears that no token came to
         returns: the matrices [out, in] that take the place of the block's
+        """
+        ...
+
+    def fitted(self, block: Block, loss: float) -> None:
+        """Called when the changed block has run.
+
+        loss: the mean squared error of its outputs over all batches
         """
         ...
 
@@ -64,7 +70,8 @@ class Lesson:
         try:
             with torch.enable_grad():
                 for number in batches:
-                    error = self._error(number).div(elements)
+                    output = self.forward.run(number)
+                    error = _error(output, self.targets[number]).div(elements)
                     if error.requires_grad:
                         error.backward()
             found = {name: parameter.grad for name, parameter in parameters.items()}
@@ -75,36 +82,14 @@ class Lesson:
         slopes = [(linear.slot, found[linear.slot.parameter]) for linear in linears]
         return [None if slope is None else slot.of(slope) for slot, slope in slopes]
 
-    def loss(self) -> float:
-        """The mean squared error over all batches."""
-        elements = sum(self.targets[number].numel() for number in range(self.batches))
-        return sum(float(self._error(number)) for number in range(self.batches)) / elements
 
-    def _error(self, number: int) -> Tensor:
-        """The sum of the squared errors of a batch."""
-        output = self.forward.run(number)
-        target = self.targets[number].to(output.device)
-        return (output.float() - target.float()).square().sum()
+def _error(output: Tensor, target: Tensor) -> Tensor:
+    """The sum of the squared errors of a batch."""
+    return (output.float() - target.to(output.device).float()).square().sum()
 
 
 def _parameters(linears: Sequence[Linear]) -> list[str]:
     return list(dict.fromkeys(linear.slot.parameter for linear in linears))
-
-
-class _Silent(Visitor[Any]):
-    """Sees nothing of the stream through the model as it was."""
-
-    def written(self, block: Block) -> Read | None:
-        return None
-
-    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> None:
-        return None
-
-    def site(self, site: Any) -> Mapping[Linear, Tensor]:
-        return {}
-
-    def block(self, block: Block, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
-        return {}
 
 
 def walk(
@@ -124,7 +109,7 @@ def walk(
     raises: InputError, UsageError
     """
     batches = batches_of(windows, where.batch_tokens, windows_together)
-    progress, silent = start(len(batches) * len(network.blocks)), _Silent()
+    progress = start(len(batches) * len(network.blocks))
     keep_freed_memory()  # of one step for the next; what a block leaves is given back after it
     places = (where.activations, network.device)
     with torch.no_grad(), hidden_states(*places) as hidden, hidden_states(*places) as exact:
@@ -136,23 +121,29 @@ def walk(
             read = fitter.written(block)
             working_on(block.name)
             with network.filled(block):
-                Forward(network, block, own, exact, silent, lambda done: None).plain()
+                before = Forward(network, block, own, exact, fitter, lambda done: None)
                 forward = Forward(network, block, own, hidden, fitter, progress)
                 if read is not None:
+                    before.plain()
                     network.fill(block, read)
                 else:
-                    _fit(Lesson(forward, exact), sites)
+                    _fit(gathered_passing(before, sites), Lesson(forward, exact))
                 forward.plain()
+            if read is None:
+                fitter.fitted(block, _loss(hidden, exact, len(batches)))
             give_back_freed_memory()
 
 
-def _fit(lesson: Lesson, sites: Sites) -> None:
-    forward = lesson.forward
+def _loss(outputs: HiddenStates, targets: HiddenStates, batches: int) -> float:
+    errors = [float(_error(outputs[number], targets[number])) for number in range(batches)]
+    return sum(errors) / sum(targets[number].numel() for number in range(batches))
+
+
+def _fit(gathered: Gathered, lesson: Lesson) -> None:
+    forward, unseen = lesson.forward, gathered.unseen()
     fitter: Any = forward.visitor
-    gathered = gathered_inputs(forward, sites)
-    seen = {linear for site in gathered.found for linear in site}
     for site in gathered.sites():
         working_on(site.linears[0].name)
         fitter.site(site)
     working_on(forward.block.name)
-    forward.change(fitter.fit(lesson, [linear for linear in forward.block.linears if linear not in seen]))
+    forward.change(fitter.fit(lesson, unseen))

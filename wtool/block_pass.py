@@ -259,6 +259,11 @@ class Gathered:
                 self.found[site] = visitor.gather(site, site[0].shape[1], device)
         self.found = {site: self.found[site] for site in met}
 
+    def unseen(self) -> list[Linear]:
+        """Linears that no token came to."""
+        seen = {linear for site in self.found for linear in site}
+        return [linear for linear in self.forward.block.linears if linear not in seen]
+
     def sites(self) -> Iterator[Site[Any]]:
         """What was gathered in all processes, each forgotten when the next is asked for."""
         for linears in list(self.found):
@@ -269,15 +274,20 @@ class Gathered:
 
 
 def observe(forward: Forward, sites: Sites) -> None:
-    regions = forward.regions()
-    gathered = Gathered(forward, sites.of(forward, regions))
-    with _Watch(regions, gathered.add):
-        forward.plain()
-    gathered.agree()
-    seen = {linear for site in gathered.found for linear in site}
+    gathered = gathered_passing(forward, sites)
+    unseen = gathered.unseen()
     for site in gathered.sites():
         forward.visitor.site(site)
-    forward.visitor.block(forward.block, [linear for linear in forward.block.linears if linear not in seen])
+    forward.visitor.block(forward.block, unseen)
+
+
+def gathered_passing(forward: Forward, sites: Sites) -> Gathered:
+    """Run all batches for what goes into the linears, and keep the outputs."""
+    gathered = Gathered(forward, sites.of(forward, forward.regions()))
+    with _Watch(forward.regions(), gathered.add):
+        forward.plain()
+    gathered.agree()
+    return gathered
 
 
 def gathered_inputs(forward: Forward, sites: Sites) -> Gathered:
