@@ -108,13 +108,10 @@ def quantize(
         int | None, typer.Option(min=0, help="times to go over codes and scales again [default: 1]")
     ] = None,
     iters: Annotated[
-        int | None, typer.Option(min=0, help="signround: steps that a block is learned in [default: 50]")
+        int | None, typer.Option(min=1, help="signround: steps that a block is learned in [default: 50]")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="signround: samples for each step [default: 8]")] = None,
     lr: Annotated[float | None, typer.Option(help="signround: of the first step [default: 1 / iters]")] = None,
-    start: Annotated[
-        str | None, typer.Option(help="signround: whose scales to start from, gptq's or rtn's [default: gptq]")
-    ] = None,
     sequential: Annotated[
         bool | None, typer.Option(help="fit each linear to what the quantized ones before it feed it [default: yes]")
     ] = None,
@@ -171,7 +168,6 @@ def quantize(
         "iters": iters,
         "batch": batch,
         "lr": lr,
-        "start": start,
         "way": None if sequential is None else "sequential" if sequential else "one-pass",
         "dtype": dtype,
     }

@@ -1,8 +1,7 @@
-"""Learned rounding on the walk: the linears of a block are quantized, then their rounding is learned together.
+"""Learned rounding on the walk: the rounding of a block's linears is learned together.
 
-The Gram matrices are of the activations of the model as it was. A matrix that few
-tokens came to is rounded and not learned, and one that the block's output never depended on stays as GPTQ made it. The
-report tells.
+The Gram matrices are of the activations of the model as it was. A matrix that few tokens came to is rounded and not
+learned, and one that the block's output never depended on stays at the nearest codes. The report tells.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -13,7 +13,9 @@ from wtool.statistics import relative_errors
 from .awq import clipped
 from .gptq import Outcome, gptq
 from .recipe import QuantRecipe
+from .refine import damp
 from .rtn import rtn
+from .signround import begun
 
 if TYPE_CHECKING:
     from .planner import Layer
@@ -28,8 +30,8 @@ def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: 
         return Outcome(rounded(weight, layer, recipe), None, f"only {tokens} tokens came to it", 0)
     if recipe.method == "awq":
         return Outcome(_rounded_by_outputs(weight, gram, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
-    if recipe.method == "signround" and recipe.start == "rtn":
-        return Outcome(rounded(weight, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
+    if recipe.method == "signround":
+        return Outcome(_begun(weight, gram, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
     return gptq(
         weight,
         gram,
@@ -55,6 +57,12 @@ def _rounded_by_outputs(weight: Tensor, gram: Tensor, layer: "Layer", recipe: Qu
     if not recipe.clip or layer.makes_queries_or_keys:
         return rtn(weight, grid, scale_dtype=dtype)
     return clipped(weight, gram, grid, scale_dtype=dtype)
+
+
+def _begun(weight: Tensor, gram: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
+    """Weights [out, in] by rounding, on the grid that learning starts from."""
+    grid, dtype = layer.scheme.grid, torch_dtype(layer.scale_dtype)
+    return begun(weight, damp(gram, recipe.damping).diagonal(), grid, scale_dtype=dtype, clip=_clip(recipe))
 
 
 def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:

@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "gptq": Method("column by column, later columns make up for the errors of earlier ones", calibrated=True),
     "awq": Method("round inputs scaled up where activations are large", calibrated=True, scaled=True, symmetric=False),
     "signround": Method(
-        "codes on the grid that gptq fits, learned by gradients of the block's outputs", calibrated=True, learned=True
+        "codes and scales of a whole block learned by gradients of its outputs", calibrated=True, learned=True
     ),
     "awq+gptq": Method("the scales of awq, then gptq", calibrated=True, scaled=True, symmetric=False),
 }
@@ -111,7 +111,6 @@ class QuantRecipe(BaseModel):
     lr: float | None = Field(
         default=None, gt=0, le=1, description="of the first step, in steps of the grid; null is 1 / iters"
     )
-    start: Literal["gptq", "rtn"] = Field(default="gptq", description="whose scales learning starts from")
     refine: int = Field(default=1, ge=0, description="times to go over codes and scales again")
     dtype: str | None = Field(
         default=None, description="type of what is not quantized, and of scales; null is the model's"
@@ -147,8 +146,7 @@ class QuantRecipe(BaseModel):
     @property
     def ordered(self) -> bool:
         """Whether groups are of columns in the order of their activations, which the file then has to tell."""
-        by_gptq = self.method in ("gptq", "awq+gptq") or (self.method == "signround" and self.start == "gptq")
-        return by_gptq and self.act_order and not self.static_groups
+        return self.method in ("gptq", "awq+gptq") and self.act_order and not self.static_groups
 
     @model_validator(mode="before")
     @classmethod

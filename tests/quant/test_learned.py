@@ -11,7 +11,6 @@ import pytest
 import torch
 from families import saved_family
 from killing import contents, start
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -90,23 +89,6 @@ def test_the_loss_told_is_that_of_what_was_written(model: Path, text: Path, sign
     assert losses(out)[0] == pytest.approx(float((ours - exact).square().mean()), rel=1e-4)
 
 
-def test_it_starts_from_gptqs_scales(model: Path, signround: Signround) -> None:
-    ours = nearest(signround, model, "-g", "32", "-b", "3")
-    theirs = signround(model, "-m", "gptq", "-g", "32", "-b", "3", name="gptq")
-    first, second = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
-    query = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(first[f"{query}.weight_scale"], second[f"{query}.weight_scale"])
-    assert not torch.equal(first[f"{query}.weight_packed"], second[f"{query}.weight_packed"])
-
-
-def test_it_can_start_from_rounding(model: Path, signround: Signround) -> None:
-    ours = nearest(signround, model, "-g", "32", "-b", "3", "--start", "rtn")
-    theirs = signround(model, "-m", "rtn", "-g", "32", "-b", "3", name="rtn")
-    assert weights(ours) == weights(theirs)
-    learned = signround(model, "-g", "32", "-b", "3", "--start", "rtn", name="learned")
-    assert weights(learned) != weights(ours)
-
-
 def test_two_runs_give_the_same_bytes(model: Path, signround: Signround) -> None:
     first, second, other = (
         signround(model, "-g", "32", "-b", "3", "--batch", "3", "--seed", seed, name=name)
@@ -169,7 +151,6 @@ def test_losses_fall_where_matrices_lie_turned_or_fused(name: str, signround: Si
         ["-f", "gptq"],
         ["-f", "gptq_v2", "--asymmetric"],
         ["-f", "awq", "--asymmetric"],
-        ["-f", "gptq", "--no-static-groups"],
     ],
     ids=" ".join,
 )
@@ -223,7 +204,7 @@ def test_gradients_are_those_of_the_block_by_finite_differences(tmp_path: Path) 
     ("flags", "message"),
     [
         (["--stats", "stats"], "signround looks at the model itself, so statistics do not do"),
-        (["--start", "awq"], "start"),
+        (["--iters", "0"], "iters"),
         (["--lr", "0"], "lr"),
         (["--lr", "2"], "lr"),
     ],

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.gptq import gptq
 from quant.rtn import rtn
-from quant.signround import FACTORS, Rounding, Schedule, learn
-from wtool.grid import Grid, Quantized, encode
+from quant.signround import FACTORS, REFITS, Rounding, Schedule, begun, learn
+from wtool.grid import Clip, Grid, Quantized, encode
 
 GRIDS = [Grid(4, 8), Grid(3, 5), Grid(2, -1), Grid(4, 8, symmetric=False), Grid(3, 5, symmetric=False)]
 SHAPES = [(6, 24), (3, 17), (5, 1), (1, 8)]
@@ -20,16 +19,9 @@ def drawn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gram_of(features: int, seed: int = 1) -> Tensor:
-    inputs = drawn((4 * features, features), seed) @ drawn((features, features), seed + 1)
-    return inputs.t() @ inputs / len(inputs)
-
-
-def begun(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Quantized, Tensor]:
-    """A start by GPTQ, and the weights."""
-    gram = gram_of(weight.shape[1])
-    start = gptq(weight, gram, grid, scale_dtype=dtype, refine=1, refit=True).quantized
-    return start, weight
+def started(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Quantized, Tensor]:
+    """What is begun with, and the weights."""
+    return begun(weight, drawn((weight.shape[1],), 1).square(), grid, scale_dtype=dtype, clip=Clip()), weight
 
 
 def values(matrix: Rounding, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -53,7 +45,7 @@ def test_it_begins_with_the_nearest_codes_on_the_grid_of_the_start(
     grid: Grid, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     weight = drawn(shape).masked_fill(drawn(shape, 9) > 1.5, 0).abs_() if grid.bits == 2 else drawn(shape)
-    start, _ = begun(weight, grid, dtype)
+    start, _ = started(weight, grid, dtype)
     given = weight.clone()
     matrix = Rounding(given, start, grid)
     given.fill_(torch.nan)  # it keeps nothing of the tensor it was given
@@ -67,14 +59,14 @@ def test_it_begins_with_the_nearest_codes_on_the_grid_of_the_start(
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_a_step_is_that_of_the_definition(grid: Grid, shape: tuple[int, int]) -> None:
-    start, points = begun(drawn(shape), grid)
+    start, points = started(drawn(shape), grid)
     matrix = Rounding(points, start, grid)
     width, groups = grid.width(shape[1]), grid.groups(shape[1])
     offsets = [[0.0] * shape[1] for _ in range(shape[0])]
     factors = [[1.0] * groups for _ in range(shape[0])]
     for number in range(4):
         slope, rate = drawn(shape, number + 5), 0.15 - 0.02 * number
-        matrix.step(slope, rate)
+        matrix.step(slope.clone(), rate)
         for row in range(shape[0]):
             by_factor = [0.0] * groups
             for column in range(shape[1]):
@@ -109,13 +101,13 @@ def test_a_step_is_that_of_the_definition(grid: Grid, shape: tuple[int, int]) ->
 def test_the_gradient_of_a_scale_is_that_of_the_straight_through_function() -> None:
     """By finite differences of what the definition makes of rounding: its value here, the identity beside it."""
     grid = Grid(3, 6, symmetric=True)
-    start, points = begun(drawn((4, 12)), grid)
+    start, points = started(drawn((4, 12)), grid)
     matrix, slope = Rounding(points, start, grid), drawn((4, 12), 3)
-    matrix.step(slope, 0.4)  # so that codes and points are not all at rest
+    matrix.step(slope.clone(), 0.4)  # so that codes and points are not all at rest
     matrix.factors.fill_(1)
     before = matrix.offsets.flatten(1).double()
     moved = matrix.factors.clone()
-    matrix.step(slope, 0.25)
+    matrix.step(slope.clone(), 0.25)
     signs = (moved - matrix.factors).sign()
 
     def loss(factors: Tensor) -> Tensor:
@@ -132,25 +124,39 @@ def test_the_gradient_of_a_scale_is_that_of_the_straight_through_function() -> N
     assert torch.equal(signs.double(), slopes.sign())
 
 
-def test_groups_that_are_no_neighbours_are_kept_apart() -> None:
-    grid, weight, gram = Grid(3, 4), drawn((5, 12)), gram_of(12)
-    start = gptq(weight, gram, grid, scale_dtype=torch.float32, static_groups=False).quantized
-    assert not torch.equal(start.group_index, grid.group_index(12))
-    matrix = Rounding(weight, start, grid)
-    first = matrix.quantized().values()
-    assert torch.equal(first[:, 3], Rounding(weight[:, 3:4], _column(start, 3), Grid(3, -1)).quantized().values()[:, 0])
-    slope = drawn((5, 12), 4)
-    matrix.step(slope, 0.5)
-    matrix.factors.fill_(1)
-    moved = matrix.quantized().values() - first
-    assert bool((moved * slope <= 0).all()) and bool((moved != 0).any())
-    torch.testing.assert_close(values(matrix, (5, 12)), matrix.quantized().values())
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_begun_with_is_that_of_the_definition(grid: Grid, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, squares = drawn(shape), drawn((shape[1],), 1).square()
+    weight[0, : grid.width(shape[1])] = 0  # a group that says nothing
+    found = begun(weight, squares, grid, scale_dtype=dtype, clip=Clip())
+    now = rtn(weight, grid, scale_dtype=dtype, clip=Clip())
+    for _ in range(REFITS):
+        scales = now.scales.clone()
+        for row in range(shape[0]):
+            for group in range(grid.groups(shape[1])):
+                asked = spread = 0.0
+                for column in range(group * grid.width(shape[1]), min((group + 1) * grid.width(shape[1]), shape[1])):
+                    zero = 0 if now.zeros is None else int(now.zeros[row, group])
+                    code, counts = int(now.codes[row, column]) - zero, float(squares[column])
+                    asked += counts * float(weight[row, column]) * code
+                    spread += counts * code * code
+                if asked != 0:
+                    scales[row, group] = asked / spread
+        now = Quantized(encode(weight, scales, now.zeros, now.group_index, grid), scales, now.zeros, now.group_index)
+    assert found.scales.dtype == dtype
+    torch.testing.assert_close(found.scales, now.scales, rtol=max(1e-5, 2 * torch.finfo(dtype).eps), atol=0)
+    assert torch.equal(found.codes, encode(weight, found.scales, found.zeros, found.group_index, grid))
 
 
-def _column(quantized: Quantized, column: int) -> Quantized:
-    group = int(quantized.group_index[column])
-    scales = quantized.scales[:, group : group + 1]
-    return Quantized(quantized.codes[:, column : column + 1], scales, None, torch.zeros(1, dtype=torch.int64))
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_weighted_errors_are_no_larger_than_those_of_rounding(grid: Grid) -> None:
+    weight, squares = drawn((16, 40)), drawn((40,), 1).square()
+    ours = begun(weight, squares, grid, scale_dtype=torch.float32, clip=Clip())
+    plain = rtn(weight, grid, scale_dtype=torch.float32, clip=Clip())
+    errors = [((weight - each.values()).square() * squares).sum(1) for each in (ours, plain)]
+    assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all()) and float(errors[0].sum()) < 0.99 * float(errors[1].sum())
 
 
 class Regression:
