@@ -1,7 +1,7 @@
 """Which layers, heads, channels and experts stay: by importance, or the first of each where only sizes matter."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from wtool.checkpoint import Checkpoint
@@ -12,6 +12,7 @@ from wtool.linear_names import linear_layers
 from .candidate import Candidate
 from .cut import cut
 from .families import family_of
+from .latency import weights_of_a_token
 from .recipe import BUDGETS, PruneRecipe
 from .structure import Kept, Shape, axes_of, place_of, shape_of
 
@@ -226,15 +227,14 @@ def searched(
     where: "Where",
     start: Start,
 ) -> PruneRecipe:
-    """The recipe with the sizes that were found for its budget of parameters or bytes.
+    """The recipe with the sizes that were found for its budget.
 
     raises: UsageError where there are none
     """
     from . import search
     from .depth import removals
 
-    assert recipe.budget is not None
-    shape = shape_of(source.config)
+    shape, budget = shape_of(source.config), _budget(recipe, source)
     inner = "experts" if shape.experts and len(shape.dense) < shape.layers else "ffn"
     whole = search.Sizes(shape.layers, getattr(shape, inner), shape.kv_heads)
     most = shape.layers - search.depths(shape.layers)[-1]
@@ -252,8 +252,7 @@ def searched(
 
     def count(sizes: search.Sizes) -> int:
         small = sized(sizes).model_copy(update={"layers": tuple(range(sizes.layers))})
-        candidate = Candidate(source, first(small, source))
-        return candidate.nbytes if recipe.params is None else candidate.parameters
+        return budget.count(Candidate(source, first(small, source)))
 
     base = loss(whole)
     costs = search.Costs(
@@ -262,8 +261,26 @@ def searched(
         {size: loss(replace(whole, kv_heads=size)) - base for size in _fitting_heads(source, recipe, shape)},
     )
     least = search.Sizes(1, min(costs.inner), min(costs.kv_heads))
-    unit = "bytes" if recipe.params is None else "parameters"
-    return sized(search.best(costs, search.parameter_count(count, whole, least), recipe.budget, loss, unit=unit))
+    counted = search.parameter_count(count, whole, least)
+    return sized(search.best(costs, counted, budget.most, loss, unit=budget.unit))
+
+
+@dataclass(frozen=True)
+class _Budget:
+    count: Callable[[Checkpoint], int]
+    most: int
+    unit: str
+
+
+def _budget(recipe: PruneRecipe, source: Checkpoint) -> _Budget:
+    """What is counted, and how much of it there may be."""
+    if recipe.params is not None:
+        return _Budget(lambda candidate: candidate.parameters, recipe.params, "parameters")
+    if recipe.size is not None:
+        return _Budget(lambda candidate: candidate.nbytes, recipe.size, "bytes")
+    assert recipe.latency_ratio is not None
+    most = int(recipe.latency_ratio * weights_of_a_token(source))
+    return _Budget(weights_of_a_token, most, "weights of a token")
 
 
 def _fitting_heads(source: Checkpoint, recipe: PruneRecipe, shape: Shape) -> list[int]:

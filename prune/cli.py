@@ -30,6 +30,9 @@ def prune(
     expert_ffn: Annotated[int | None, typer.Option(help="channels inside each expert to keep")] = None,
     params: Annotated[str | None, typer.Option(help="find sizes of at most so many parameters (1.2B, 90M)")] = None,
     size: Annotated[str | None, typer.Option(help="find sizes whose weights take at most that (120MB, 2GB)")] = None,
+    latency_ratio: Annotated[
+        float | None, typer.Option(help="find sizes with at most that share of a token's work (0.8), in (0, 1]")
+    ] = None,
     depth_score: Annotated[
         str | None, typer.Option(help="perplexity, block-influence, angular or last [default: perplexity]")
     ] = None,
@@ -112,6 +115,7 @@ def prune(
         "expert_ffn": expert_ffn,
         "params": None if params is None else _count(params),
         "size": None if size is None else parse_size(size),
+        "latency_ratio": latency_ratio,
         "depth_score": depth_score,
         "expert_score": expert_score,
         "compensate": compensate,

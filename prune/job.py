@@ -117,7 +117,10 @@ def in_words(recipe: PruneRecipe, plan: Plan) -> str:
     if recipe.kind == "structure":
         changes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in told["sizes"].items())
         params = f"{told['params_before']:,} parameters become {told['params_after']:,}"
-        return f"{changes or 'no size changes'}; {params}, {sizes}"
+        work = ""
+        if "token_weights_after" in told:
+            work = f"; a token has {told['token_weights_after'] / told['token_weights_before']:.1%} of the work it had"
+        return f"{changes or 'no size changes'}; {params}, {sizes}{work}"
     if recipe.kind == "rank":
         return f"{told['layers']} layers by {recipe.method} hold {told['ratio']:.1%} of their numbers; {sizes}"
     same = (

@@ -45,7 +45,7 @@ EXPERT_SCORES: dict[str, str] = {
     "frequency": "how many tokens are routed to it",
 }
 SIZES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "expert_ffn")
-BUDGETS = ("params", "size")  # sizes are found for one of them
+BUDGETS = ("params", "size", "latency_ratio")  # sizes are found for one of them
 
 
 class PruneRecipe(BaseModel):
@@ -69,6 +69,12 @@ class PruneRecipe(BaseModel):
     params: int | None = Field(default=None, ge=1, description="structure: find sizes with at most so many parameters")
     size: int | None = Field(
         default=None, ge=1, description="structure: find sizes whose weights take at most so many bytes"
+    )
+    latency_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="structure: find sizes with at most that share of the weights a token is multiplied with",
     )
     depth_score: str = Field(
         default="perplexity", description="which layers go", json_schema_extra=one_of(DEPTH_SCORES)
@@ -135,9 +141,9 @@ class PruneRecipe(BaseModel):
         return widths or self.rotate or (isinstance(self.layers, int) and self.depth_score != "last")
 
     @property
-    def budget(self) -> int | None:
-        """Of parameters or of bytes, for which sizes are to be found."""
-        return self.size if self.params is None else self.params
+    def searches(self) -> bool:
+        """Whether sizes are to be found for a budget."""
+        return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
     def grid(self) -> Grid | None:
@@ -168,8 +174,9 @@ class PruneRecipe(BaseModel):
     def _fits_together(self) -> "PruneRecipe":
         if self.rotate and self.hidden is None:
             raise UsageError("'rotate' turns the residual stream so that its last directions can go: give 'hidden' too")
-        if self.params is not None and self.size is not None:
-            raise UsageError("'params' and 'size' are two budgets for the sizes to find: give one of them")
+        budgets = [f"'{name}'" for name in BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise UsageError(f"{budgets[0]} and {budgets[1]} are two budgets for the sizes to find: give one of them")
         sizes = [key for key in (*SIZES, *BUDGETS) if getattr(self, key) is not None]
         amounts = [key for key in ("sparsity", "pattern", "rank_ratio") if getattr(self, key) is not None]
         if self.method is None:
@@ -178,7 +185,8 @@ class PruneRecipe(BaseModel):
             if self.statistics is not None:
                 raise UsageError("statistics are for methods: which sizes to keep is found on calibration text")
             if not sizes:
-                raise UsageError(f"what is to go? give sizes to keep ({', '.join(SIZES)}, params or size), or a method")
+                every = f"{', '.join((*SIZES, *BUDGETS[:-1]))} or {BUDGETS[-1]}"
+                raise UsageError(f"what is to go? give sizes to keep ({every}), or a method")
             return self
         if sizes:
             raise UsageError(f"'{sizes[0]}' and method '{self.method}' are two prunings: do one after the other")

@@ -1,4 +1,4 @@
-"""Finding the sizes for a budget of parameters or bytes, by what each costs in loss.
+"""Finding the sizes for a budget (parameters, bytes, weights of a token), by what each costs in loss.
 
 The loss is measured for a few sizes of each kind alone: with one layer less after the other, with fewer channels in the
 feed-forward blocks, with fewer key-value heads. The rise of several cuts at once is taken to be the sum of their rises;
@@ -54,8 +54,8 @@ def best(
 ) -> Sizes:
     """The sizes with the lowest loss within a budget.
 
-    parameters: of a model with these sizes, or its bytes
-    unit: what the budget is of
+    parameters: of a model with these sizes, or whatever the budget is of
+    unit: its name
     measured: the loss of such a model
     raises: UsageError where even the smallest sizes are too large
     """
@@ -76,7 +76,7 @@ def _all(costs: Costs) -> Iterator[Sizes]:
 
 
 def parameter_count(count: Callable[[Sizes], int], whole: Sizes, least: Sizes) -> Callable[[Sizes], int]:
-    """Parameters, or bytes, as a function of sizes, from a few counts: outside + layers · (a + b · inner + c · heads).
+    """What is counted as a function of sizes, from a few counts: outside + layers · (a + b · inner + c · heads).
 
     count: of a model with these sizes, exact and slow
     least: the smallest sizes that can be counted

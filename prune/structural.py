@@ -19,10 +19,12 @@ from wtool.shards import json_bytes
 from wtool.work import walk_work
 from wtool.writer import Writer
 
+from .candidate import Candidate
 from .card import model_card
 from .choice import WIDTHS, Start, by_importance, first, searched
 from .cut import cut
 from .families import FAMILIES, family_of
+from .latency import weights_of_a_token
 from .recipe import PruneRecipe
 from .rotate import principal_directions
 from .rotated import Rotated
@@ -69,7 +71,7 @@ def run_sizes(
     if recipe.rotate:
         assert found is not None
         seen, found = _rotated(recipe, source, found, windows, where, start)
-    if recipe.budget is not None:
+    if recipe.searches:
         assert found is not None
         recipe = searched(recipe, seen, found, windows, where, start)
     kept = by_importance(recipe, source, found, windows, where, start)  # which a rotation would only make slower
@@ -96,6 +98,7 @@ def _plan(
     recipe: PruneRecipe, source: Checkpoint, kept: Kept, scale: Mapping[str, float], max_shard_bytes: int
 ) -> Plan:
     steps, config = cut(source, kept, scale=scale)
+    lighter: dict[str, Any] = _token_weights(source, kept)
     told: dict[str, Any] = {"kept": _told(kept), **({"norms": dict(scale)} if scale else {})}
     warnings: list[str] = []
     if isinstance(source, Rotated):
@@ -103,7 +106,7 @@ def _plan(
         source = source.source
     record = recipe.model_dump(mode="json", exclude_none=True)
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}
-    summary = _summary(source, steps, config)
+    summary = _summary(source, steps, config) | lighter
     what = ", ".join(f"{name} {before} to {after}" for name, (before, after) in summary["sizes"].items())
     files["README.md"] = model_card(record, source, what).encode()
     files["config.json"] = json_bytes({key: value for key, value in config.items() if key != "_name_or_path"})
@@ -139,6 +142,14 @@ def _summary(source: Checkpoint, steps: list[Step], config: Mapping[str, Any]) -
     }
 
 
+def _token_weights(source: Checkpoint, kept: Kept) -> dict[str, Any]:
+    """The work of a token before and after; nothing for a family that is not in the table."""
+    if source.config.get("model_type") not in FAMILIES:
+        return {}
+    before, after = weights_of_a_token(source), weights_of_a_token(Candidate(source, kept))
+    return {"token_weights_before": before, "token_weights_after": after}
+
+
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The sizes a configuration tells; of a family that is not in the table the depth alone."""
     if config.get("model_type") not in FAMILIES:
@@ -168,7 +179,7 @@ def _importance(
     from .importance import observe
 
     by_state = isinstance(recipe.layers, int) and recipe.depth_score in ("block-influence", "angular")
-    if recipe.budget is None and not by_state and not any(getattr(recipe, name) is not None for name in WIDTHS):
+    if not recipe.searches and not by_state and not any(getattr(recipe, name) is not None for name in WIDTHS):
         return None
     return observe(
         source, windows, where, lambda steps: start("looking at the model", steps), second_moment=recipe.rotate

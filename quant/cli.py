@@ -111,7 +111,9 @@ def quantize(
         int | None, typer.Option(min=1, help="signround: steps that a block is learned in [default: 50]")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="signround: samples for each step [default: 8]")] = None,
-    lr: Annotated[float | None, typer.Option(help="signround: of the first step [default: 1 / iters]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="signround: rate of the first step [default: 1 / iters, at most 1/20]")
+    ] = None,
     sequential: Annotated[
         bool | None, typer.Option(help="fit each linear to what the quantized ones before it feed it [default: yes]")
     ] = None,

@@ -21,6 +21,8 @@ from .calibrated import Found, Quantizing, made_of
 from .recipe import QuantRecipe
 from .signround import Rounding, Schedule, learn
 
+FASTEST = 0.05  # rate that is taken unasked: a few large steps would ruin the scales, whose factors they move too
+
 
 class LearnedRewriting(Rewriting[Gram]):
     """The visitor of a walk that learns the rounding of every block."""
@@ -118,7 +120,7 @@ def _begun(weight: Tensor, found: Found) -> Rounding:
 
 def _schedule(recipe: QuantRecipe, lesson: Lesson, block: int) -> Schedule:
     windows = max(len(lesson.targets[number]) for number in range(lesson.batches))
-    rate = recipe.lr or 1 / recipe.iters
+    rate = recipe.lr or min(1 / recipe.iters, FASTEST)
     seed = recipe.calibration.seed * 1_000_003 + block
     return Schedule(recipe.iters, -(-recipe.batch // windows), rate, seed)
 

@@ -109,7 +109,10 @@ class QuantRecipe(BaseModel):
     iters: int = Field(default=50, ge=1, description="steps that the rounding of a block is learned in")
     batch: int = Field(default=8, ge=1, description="windows that each of them is learned from")
     lr: float | None = Field(
-        default=None, gt=0, le=1, description="of the first step, in steps of the grid; null is 1 / iters"
+        default=None,
+        gt=0,
+        le=1,
+        description="of the first step, in steps of the grid; null: 1 / iters, at most 1/20",
     )
     refine: int = Field(default=1, ge=0, description="times to go over codes and scales again")
     dtype: str | None = Field(

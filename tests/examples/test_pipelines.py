@@ -60,3 +60,9 @@ def test_a_pruned_model_recovers(capsys: pytest.CaptureFixture[str]) -> None:
     for row in found:
         if row["stage"] == "recovered":
             assert row["held-out KL"] < lost[row["layers"]]
+
+
+def test_a_cut_in_rounds_is_beside_the_same_cut_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {row["stage"]: row for row in rows("prune-in-rounds.yaml", capsys, **SMALL, first=3, last=2)}
+    lost = {stage: row["held-out KL"] for stage, row in found.items() if row.get("held-out KL") is not None}
+    assert lost["in_rounds"] < lost["rest"] and lost["at_once"] < lost["whole_cut"]

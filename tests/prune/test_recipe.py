@@ -32,7 +32,8 @@ def test_sizes_alone_are_a_pruning_of_the_structure() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {},
-        "what is to go? give sizes to keep (layers, hidden, ffn, heads, kv_heads, experts, expert_ffn, params or size)",
+        "what is to go? give sizes to keep "
+        "(layers, hidden, ffn, heads, kv_heads, experts, expert_ffn, params, size or latency_ratio)",
     ),
     ({"sparsity": 0.5}, "'sparsity' needs a method: one of magnitude, wanda"),
     ({"method": "wnda", "sparsity": 0.5}, "no pruning method 'wnda'; did you mean 'wanda'?"),
