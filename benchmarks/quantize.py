@@ -31,7 +31,10 @@ WTOOL = (
     "--calib {ids} --samples {samples} --seqlen 512 -o {out} --json"
 )
 SIGNROUND = WTOOL.replace("gptq", "signround") + " --iters {iters} --batch {batch}"
-WTOOL_IMPORTS = "import torch, safetensors.torch; from transformers import AutoModelForCausalLM, AutoTokenizer"
+WTOOL_IMPORTS = (  # transformers' own modules are loaded when they are asked for, so the one that costs is named
+    "import torch, safetensors.torch, accelerate, transformers.modeling_utils; "
+    "from transformers import AutoModelForCausalLM, AutoTokenizer"
+)
 VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
 
 

@@ -108,7 +108,8 @@ def parity(bench: Bench) -> Iterator[Case]:
 def speed(bench: Bench) -> Iterator[Case]:
     """Two rounds in turn; of each the faster one counts."""
     for turn in ("1", "2"):
-        yield bench.peer(f"speed-two_forwards-{turn}", "wtool", "forwards.py")
+        for dtype in ("float32", "auto"):
+            yield bench.peer(f"speed-two_forwards_{dtype}-{turn}", "wtool", "forwards.py", dtype)
         for method in ("wanda", "sparsegpt"):
             yield bench.wtool(f"speed-wtool_{method}-{turn}", *_method(method, "0.5"))
             for dtype in ("auto", "float32"):

@@ -1,8 +1,8 @@
 """What no pruner that feeds its own results onward can do without: two plain forwards over the calibration tokens.
 
-    python forwards.py MODEL OUT IDS.jsonl
+    python forwards.py MODEL OUT IDS.jsonl [DTYPE=float32]
 
-In float32, window by window, without the output layer. OUT is not used.
+Window by window, without the output layer. OUT is not used.
 """
 # pyright: reportMissingImports=false
 
@@ -22,7 +22,7 @@ stop_after_imports(after_imports)
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
 
 with torch.inference_mode():
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[4] if len(sys.argv) > 4 else "float32").eval()
     rows = torch.tensor(calibration_rows(sys.argv[3]))
     start = time.perf_counter()
     for _ in range(2):

@@ -46,7 +46,9 @@ def speed(record: Record) -> None:
             best[kind] = min(usage, best.get(kind, usage), key=lambda each: each["seconds"])
     if not best:
         return
-    forwards = best["two_forwards"]["seconds"] if "two_forwards" in best else float("nan")
+    forwards = min(
+        (usage["seconds"] for kind, usage in best.items() if kind.startswith("two_forwards")), default=float("nan")
+    )
     rows: list[list[str]] = []
     for kind, usage in best.items():
         imports = record["imports"][usage["tool"]]
