@@ -210,7 +210,8 @@ def logits_in_pieces(model: PreTrainedModel, inputs: Tensor, first: int, step: i
         yield from model(input_ids=inputs, use_cache=False).logits[:, first:].split(step, dim=1)
         return
     for hidden in output.last_hidden_state[:, first:].split(step, dim=1):
-        piece = type(output)(**{**output, "last_hidden_state": hidden})
+        # in one piece, or the head is multiplied with each window on its own, and most of that is reading the head
+        piece = type(output)(**{**output, "last_hidden_state": hidden.contiguous()})
         body.forward = lambda *_, piece=piece, **__: piece
         try:
             logits = model(input_ids=inputs, use_cache=False).logits
