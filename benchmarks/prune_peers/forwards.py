@@ -22,7 +22,8 @@ stop_after_imports(after_imports)
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
 
 with torch.inference_mode():
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[4] if len(sys.argv) > 4 else "float32").eval()
+    dtype = sys.argv[4] if len(sys.argv) > 4 else "float32"
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).eval()
     rows = torch.tensor(calibration_rows(sys.argv[3]))
     start = time.perf_counter()
     for _ in range(2):
