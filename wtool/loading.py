@@ -117,15 +117,20 @@ def load_tokenizer(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def working_dtype(checkpoint: Checkpoint, device: str) -> str:
-    """The type a model computes in unless told otherwise: that of most of its weights, on a CPU float32 at least."""
-    nbytes = {dtype: 0 for dtype in FLOATS}
+def own_dtype(checkpoint: Checkpoint) -> str:
+    """The floating type of most of a model's weights, by their bytes; float32 where none is of such a type."""
+    nbytes = dict.fromkeys(FLOATS, 0)
     for info in checkpoint.tensors.values():
         if info.dtype in nbytes:
             nbytes[info.dtype] += info.nbytes
     own = max(nbytes, key=lambda dtype: nbytes[dtype])
-    slow = device.startswith("cpu") and own in ("F16", "BF16")
-    return "F32" if slow or not nbytes[own] else own
+    return own if nbytes[own] else "F32"
+
+
+def working_dtype(checkpoint: Checkpoint, device: str) -> str:
+    """The type a model computes in unless told otherwise: that of most of its weights, on a CPU float32 at least."""
+    own = own_dtype(checkpoint)
+    return "F32" if device.startswith("cpu") and own in ("F16", "BF16") else own
 
 
 def pick_device(name: str) -> str:
