@@ -133,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate-every", type=int, help="steps [default: half of them]")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--schedule", default="cosine", help="in the parts losses and cache")
+    parser.add_argument("--precision", default="float32", help="of wtool, but in the part trl, which has both")
     parser.add_argument("--trl-steps", type=int, default=6)
     parser.add_argument("--kill-steps", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("bench-distill"), help="for outputs and logs")
@@ -156,6 +157,7 @@ def asked_of(given: argparse.Namespace) -> Bench:
         given.evaluate_every or max(1, steps // 2),
         given.lr,
         given.schedule,
+        given.precision,
         given.trl_steps,
         given.kill_steps,
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .head import Head, product_dtype
+from .head import Head
 
 # key of config.json -> the power of it that the logits are multiplied with
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -76,7 +76,7 @@ def full_logits(head: Head, hidden: Tensor) -> Tensor:
     hidden: [tokens, hidden]
     returns: [tokens, vocabulary], float32 or better
     """
-    ready = head.prepared(product_dtype(hidden, head), head.vocabulary)
+    ready = head.prepared(hidden, head.vocabulary)
     return ready.logits(hidden.detach().to(ready.weight.dtype))
 
 

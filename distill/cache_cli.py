@@ -43,6 +43,7 @@ def teacher_cache(
     import time
 
     from wtool import console
+    from wtool.calibrate import working_dtype
     from wtool.calibration_data import CalibrationSource
     from wtool.calibration_data.for_model import windows_for
     from wtool.checkpoint import open_checkpoint
@@ -52,7 +53,7 @@ def teacher_cache(
     from wtool.writer import is_complete
 
     from .signal_cache import CacheWriter, fingerprint
-    from .teacher_cache import Signals, about, default_dtype, kind_of, make_teacher, write_signals
+    from .teacher_cache import Signals, about, kind_of, make_teacher, write_signals
 
     if mode not in ("top-k", "sample"):
         raise UsageError(f"--mode '{mode}': take top-k or sample")
@@ -65,11 +66,7 @@ def teacher_cache(
     )
     windows = windows_for(checkpoint, source, trust_remote_code=trust_remote_code)
     options.tell(windows, quiet)
-    dtype = (
-        default_dtype(checkpoint, device, stream=stream)
-        if compute_dtype == "auto"
-        else parse_float_dtype(compute_dtype)
-    )
+    dtype = working_dtype(checkpoint, device) if compute_dtype == "auto" else parse_float_dtype(compute_dtype)
     told = about(checkpoint, windows, asked, dtype=dtype, trust_remote_code=trust_remote_code)
     tokens, kind = windows.unpadded(), kind_of(checkpoint, asked)
     if output.exists() and not force and is_complete(output, fingerprint(told, tokens, kind)):

@@ -1,6 +1,10 @@
-"""The trained student as a checkpoint: its own names, dtypes and files, with a manifest and a card."""
+"""The trained student as a checkpoint: its own names, dtypes and files, with a manifest and a card.
+
+Weights of 16 bits are rounded at random (`wtool.rounding`): to the nearest, a short training would be lost again.
+"""
 
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +19,9 @@ from wtool.checkpoint import Checkpoint, TensorInfo
 from wtool.checkpoint.folder import open_local
 from wtool.checkpoint.tied import HEADS, embedding_name, is_tied
 from wtool.dtypes import FLOATS, config_name, torch_dtype
-from wtool.loading import quiet, working_dtype
+from wtool.loading import own_dtype, quiet
 from wtool.plan import DEFAULT_SHARD_BYTES, sketch
+from wtool.rounding import stochastic
 from wtool.shards import json_bytes, plan_shards
 from wtool.writer import MANIFEST, Writer
 
@@ -95,7 +100,8 @@ def write_student(
         for name, info in tensors.items():
             if name not in writer.done:
                 tensor = _read(plan.student.source, trained, name)
-                writer.write({name: tensor.to(torch_dtype(info.dtype)).contiguous()})
+                seed = zlib.crc32(f"{plan.recipe.training.seed} {name}".encode())
+                writer.write({name: stochastic(tensor, torch_dtype(info.dtype), seed).contiguous()})
             progress(info.nbytes)
         manifest = {**_about(plan), **figures, "tensors_xxh3": {name: writer.done[name] for name in tensors}}
         told[MANIFEST] = json_bytes(manifest)
@@ -135,7 +141,7 @@ def _config(plan: DistillPlan, trained: Checkpoint) -> dict[str, Any]:
 
 def _usual_dtype(source: Checkpoint) -> str:
     """The type of most of a checkpoint's weights."""
-    return working_dtype(source, "cuda")  # which has no other that would be faster
+    return own_dtype(source)
 
 
 def _as(info: TensorInfo, dtype: str) -> TensorInfo:

@@ -1,9 +1,12 @@
 """How hidden states become logits: z = cap(scale (h Wᵀ + b)), with cap(x) = c tanh(x / c) where there is a cap."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from wtool.products import in_bfloat16
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -16,21 +19,24 @@ class Head:
     bias:    [V]
     scale:   multiplies the logits
     softcap: bound of the logits, above 0
+    short:   all numbers to be multiplied are bfloat16's, whatever type they are in: rounding to it loses nothing
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    short: bool = False
 
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0]
 
-    def prepared(self, dtype: torch.dtype, vocabulary: int) -> "Head":
-        """The first tokens of the vocabulary alone, without a graph, the weight in the type to multiply in."""
+    def prepared(self, hidden: Tensor, vocabulary: int) -> "Head":
+        """The first tokens of the vocabulary alone, without a graph, the weight in the type to multiply `hidden` in."""
         bias = None if self.bias is None else self.bias.detach()[:vocabulary]
-        return replace(self, weight=self.weight.detach()[:vocabulary].to(dtype), bias=bias)
+        weight = self.weight.detach()[:vocabulary].to(product_dtype(hidden, self))
+        return replace(self, weight=weight, bias=bias, short=hidden.dtype == self.weight.dtype == torch.bfloat16)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of a few tokens.
@@ -38,7 +44,8 @@ class Head:
         hidden:  [tokens, hidden], of the weight's type
         returns: [tokens, V], float32 or better
         """
-        logits = product(hidden, self.weight.t())
+        with in_bfloat16() if self.short else nullcontext():
+            logits = product(hidden, self.weight.t())
         if self.bias is not None:
             logits.add_(self.bias)
         if self.scale != 1:

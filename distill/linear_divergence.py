@@ -18,7 +18,7 @@ from wtool.errors import Mismatch
 from .attach import attach
 from .formulas import log_probabilities
 from .head import Head as Head
-from .head import product, product_dtype
+from .head import product
 from .kinds import Divergence
 from .losses import divergence_with_gradient, sampled_with_gradient, top_k_with_gradient
 from .signals import Online, Targets, TopK, chunk_for, slices
@@ -123,16 +123,16 @@ class _Task:
         beyond = False
         vocabulary = head.vocabulary
         if isinstance(targets, Online):
-            dtype = product_dtype(targets.hidden, targets.head)
             theirs = targets.head.vocabulary
             vocabulary = vocabulary if asked.kind == "uld" else min(vocabulary, theirs)
             kept = theirs if asked.kind == "uld" else vocabulary
-            targets = Online(targets.hidden.detach().to(dtype), targets.head.prepared(dtype, kept))
+            ready = targets.head.prepared(targets.hidden, kept)
+            targets = Online(targets.hidden.detach().to(ready.weight.dtype), ready)
         elif targets is not None and targets.vocabulary is not None:
             beyond = targets.vocabulary > vocabulary
             vocabulary = min(vocabulary, targets.vocabulary)
             targets = targets.within(vocabulary) if beyond else targets
-        return _Task(head.prepared(product_dtype(hidden, head), vocabulary), targets, asked, beyond, weights)
+        return _Task(head.prepared(hidden, vocabulary), targets, asked, beyond, weights)
 
     def add(self, rows: slice, hidden: Tensor, labels: Tensor | None, sums: _Sums) -> None:
         """Add some tokens of all."""

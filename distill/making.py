@@ -90,13 +90,12 @@ def make_teacher(plan: DistillPlan, trust_remote_code: bool = False) -> Teacher:
     if plan.cache is not None:
         return CachedTeacher(plan.cache, device)
     assert plan.teacher is not None
+    dtype = walking_dtype(plan.teacher, device)
     if plan.recipe.stream_teacher:
-        dtype = walking_dtype(plan.teacher, device)
         return StreamedTeacher(plan.teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if plan.recipe.teacher_4bit:
         model = load_4bit(plan.teacher, device)
     else:
-        dtype = working_dtype(plan.teacher, device)
         model = load_model(plan.teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     teacher = OnlineTeacher(model)
     return teacher if plan.alignments is None else TranslatedTeacher(teacher, plan.alignments)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from wtool import __version__
+from wtool.calibrate import working_dtype
 from wtool.calibration_data.tokens import identity
 from wtool.checkpoint import Checkpoint, open_checkpoint
 from wtool.console import human_bytes, human_count
 from wtool.errors import Mismatch, MissingInput, UsageError
 from wtool.evaluate import tokenizers_differ
-from wtool.loading import load_tokenizer, working_dtype
+from wtool.loading import load_tokenizer
 from wtool.writer import MANIFEST
 
 from .alignment import Alignment, aligned_texts

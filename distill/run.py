@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 
 from wtool.errors import UsageError
 from wtool.loading import quiet
+from wtool.products import in_bfloat16
 from wtool.writer import Writer, is_complete, work_folder
 
 from .export import gathered, save_trained, write_student
@@ -61,6 +62,8 @@ def run_distillation(
     folder = work_folder(out) / "training"
     with ExitStack() as stack:
         stack.enter_context(_own_accelerator())
+        if plan.device == "cpu" and plan.precision != "float32":
+            stack.enter_context(in_bfloat16())
         if main:
             stack.enter_context(_place(plan, out, folder, force))
         else:

@@ -37,7 +37,7 @@ def training_arguments(plan: DistillPlan, folder: Path, *, resuming: bool) -> Tr
         max_grad_norm=asked.clip,
         optim="adamw_torch" if optimizer == "muon" else optimizer,
         **_schedule(asked, plan.steps),
-        bf16=plan.precision == "mixed",
+        bf16=plan.precision == "mixed" and plan.device != "cpu",  # there the products alone are rounded
         eval_strategy="steps",
         eval_steps=plan.evaluate_every,
         eval_on_start=not resuming,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .formulas import log_probabilities
-from .head import Head, product_dtype
+from .head import Head
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits and what is made of them, at a time
 _BUFFERS = 5  # as large as the logits, at most at one time
@@ -150,7 +150,7 @@ def of_hidden(hidden: Tensor, head: Head, tell: Callable[[Tensor], _Kept], *, ch
     tell:   logits [some tokens, V] -> what to keep of them, such as `top_k` or `sample`
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        ready = head.prepared(product_dtype(hidden, head), head.vocabulary)
+        ready = head.prepared(hidden, head.vocabulary)
         parts = [
             tell(ready.logits(hidden[rows].detach().to(ready.weight.dtype)))
             for rows in slices(len(hidden), chunk or chunk_for(hidden, head.vocabulary))

@@ -12,7 +12,7 @@ from wtool.calibration_data.tokens import identity as tokenizer_identity
 from wtool.checkpoint import Checkpoint
 from wtool.checkpoint.tied import embedding_name, head_name
 from wtool.errors import InputError, MissingInput
-from wtool.loading import load_model, load_tokenizer, working_dtype
+from wtool.loading import load_model, load_tokenizer
 from wtool.statistics_folder import identity
 
 from .signal_cache import CacheWriter, Kind, Mode
@@ -73,13 +73,6 @@ def kind_of(checkpoint: Checkpoint, asked: Signals) -> Kind:
         raise InputError(f"{checkpoint.label}: neither output head nor embedding is known here by its name")
     vocabulary = checkpoint.tensors[name].shape[0]
     return Kind(asked.mode, min(asked.k, vocabulary), vocabulary, asked.temperature)
-
-
-def default_dtype(checkpoint: Checkpoint, device: str, *, stream: bool) -> str:
-    """The type to compute in unless told otherwise."""
-    from wtool.calibrate import working_dtype as walking_dtype
-
-    return walking_dtype(checkpoint, device) if stream else working_dtype(checkpoint, device)
 
 
 def write_signals(

@@ -24,7 +24,16 @@ LOSSES = {
 }
 KEPT = (("top-k", 8), ("top-k", 32), ("top-k", 128), ("sample", 32))  # of each distribution in a cache
 MODULE = ("-m", "wtool")
-WAYS = {"": (), "+checkpointing": ("--checkpointing",)}  # to keep activations; the second is what TRL does by default
+# How wtool and TRL are compared: the options of each. TRL computes activations again by default.
+WAYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {"wtool": (), "trl": ()},
+    "+checkpointing": {"wtool": ("--checkpointing",), "trl": ("--checkpointing",)},
+    "+mixed": {"wtool": ("--precision", "mixed"), "trl": ("--bf16",)},
+    "+mixed+checkpointing": {
+        "wtool": ("--precision", "mixed", "--checkpointing"),
+        "trl": ("--bf16", "--checkpointing"),
+    },
+}
 TURNS = ("1", "2")  # of the comparison with TRL; of each tool the faster one counts
 
 
@@ -49,6 +58,7 @@ class Settings:
     evaluate_every: int  # steps
     lr: float
     schedule: str
+    precision: str  # but for the part trl
     trl_steps: int
     kill_steps: int
 
@@ -108,8 +118,9 @@ class Bench:
         """A case of `wtool distill`; `start` is another way to start it than as a module."""
         full_name = f"{name}-{student.name}"
         verb = (*(start or MODULE), "distill", str(teacher or self.teacher), str(student))
-        end = ("--precision", "float32", "--device", "cpu", "-o", str(self.out(full_name)), "--json", "--quiet")
-        return Case(full_name, "wtool", (*verb, *options, *end))
+        precision = () if "--precision" in options else ("--precision", self.settings.precision)
+        end = ("--device", "cpu", "-o", str(self.out(full_name)), "--json", "--quiet")
+        return Case(full_name, "wtool", (*verb, *options, *precision, *end))
 
     @property
     def length(self) -> tuple[str, ...]:
@@ -170,11 +181,12 @@ def trl(bench: Bench) -> Iterator[Case]:
     for turn, way, tool in product(TURNS, WAYS, ("trl", "wtool")):
         name = f"trl-{tool}{way}-{turn}"
         if tool == "wtool":
-            yield bench.distill(name, student, *text, *how, *rate, *WAYS[way])
+            precision = () if "mixed" in way else ("--precision", "float32")
+            yield bench.distill(name, student, *text, *how, *rate, *precision, *WAYS[way][tool])
         else:
             out = bench.out(f"{name}-{student.name}")
             places = (str(bench.teacher), str(student), str(out), str(data), str(held))
-            yield Case(out.name, "trl", (str(PEERS / "run_trl.py"), *places, steps, batch, lr, *WAYS[way]))
+            yield Case(out.name, "trl", (str(PEERS / "run_trl.py"), *places, steps, batch, lr, *WAYS[way][tool]))
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Case]]] = {"losses": losses, "cache": cache, "trl": trl}

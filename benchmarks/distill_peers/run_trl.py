@@ -1,6 +1,7 @@
-"""TRL's GKDTrainer on windows of token ids: forward KL, off-policy, float32, AdamW with a constant learning rate.
+"""TRL's GKDTrainer on windows of token ids: forward KL, off-policy, AdamW with a constant learning rate, float32 or
+mixed precision (--bf16; the teacher in bfloat16 then).
 
-    python run_trl.py TEACHER STUDENT OUT WINDOWS.jsonl HELD.jsonl STEPS BATCH LR [--checkpointing]
+    python run_trl.py TEACHER STUDENT OUT WINDOWS.jsonl HELD.jsonl STEPS BATCH LR [--checkpointing] [--bf16]
 
 It does what `wtool distill --evaluate-every STEPS` does: judges the held-out windows before and after, writes a
 checkpoint to go on from, and the student. The order of the windows is the Trainer's for seed 0 in both; that they are
@@ -43,7 +44,7 @@ def rows_of(path: str) -> Dataset:
     return Dataset.from_list([json.loads(line) for line in Path(path).read_text().splitlines()])
 
 
-def settings(out: str, steps: int, batch: int, lr: float, checkpointing: bool) -> GKDConfig:
+def settings(out: str, steps: int, batch: int, lr: float, checkpointing: bool, bf16: bool) -> GKDConfig:
     """Plain forward KL, nothing sampled, and no other precision or penalty than wtool's run has."""
     return GKDConfig(
         output_dir=f"{out}.training",
@@ -60,7 +61,7 @@ def settings(out: str, steps: int, batch: int, lr: float, checkpointing: bool) -
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=False,
+        bf16=bf16,
         fp16=False,
         gradient_checkpointing=checkpointing,
         logging_steps=1,
@@ -81,13 +82,14 @@ def settings(out: str, steps: int, batch: int, lr: float, checkpointing: bool) -
 def main() -> None:
     teacher, student, out, windows, held_out = sys.argv[1:6]
     steps, batch, lr = int(sys.argv[6]), int(sys.argv[7]), float(sys.argv[8])
+    bf16 = "--bf16" in sys.argv
     train = rows_of(windows)
     tokenizer = AutoTokenizer.from_pretrained(student)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # TRL wants one; nothing is padded
     trainer = GKDTrainer(
         model=AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
-        teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
-        args=settings(out, steps, batch, lr, "--checkpointing" in sys.argv),
+        teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16 if bf16 else torch.float32),
+        args=settings(out, steps, batch, lr, "--checkpointing" in sys.argv, bf16),
         data_collator=collate,
         train_dataset=train,
         eval_dataset=rows_of(held_out),

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_the_output_opens_in_transformers_and_has_the_student_s_names_and_types(
         )
     assert again.dtype == torch.bfloat16
     assert "README.md" in contents(out) and b"distilled" in contents(out)["README.md"]
+
+
+def test_steps_smaller_than_bfloat16_s_are_kept(teacher: Path, text: Path, tmp_path: Path) -> None:
+    """A step moves each weight by about 1e-5, most of which to the nearest bfloat16 is nothing."""
+    made = llama(1, num_hidden_layers=2, hidden_size=48, intermediate_size=64, initializer_range=0.1).bfloat16()
+    flags = ["--data", str(text), "--seqlen", "32", "--steps", "1", "--lr", "1e-5", "--warmup", "0", "--quiet"]
+    changes = []
+    for name, student in (("long", deepcopy(made).float()), ("short", made)):
+        source, out = saved(student, tmp_path / name), tmp_path / f"{name}-out"
+        assert run(["distill", str(teacher), str(source), *flags, "-o", str(out)]) == 0
+        before = load_file(source / "model.safetensors")
+        changes.append(torch.cat([(weights(out)[key].float() - before[key].float()).flatten() for key in before]))
+    exact, kept = changes
+    assert exact.abs().max() < 2e-5
+    nearest = (made.state_dict()["model.embed_tokens.weight"].float() + 1e-5).bfloat16()
+    assert (nearest != made.state_dict()["model.embed_tokens.weight"]).float().mean() < 0.1
+    assert float(kept @ exact / (exact @ exact)) == pytest.approx(1, abs=0.1)
 
 
 def test_the_same_command_again_does_nothing_and_another_is_refused(
