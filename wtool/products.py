@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ def in_bfloat16() -> Iterator[None]:
     Where a processor has units for that it is some times faster; where it has none nothing changes. The setting is the
     whole process's, so no other thread should multiply meanwhile.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
