@@ -29,10 +29,6 @@ WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "": {"wtool": (), "trl": ()},
     "+checkpointing": {"wtool": ("--checkpointing",), "trl": ("--checkpointing",)},
     "+mixed": {"wtool": ("--precision", "mixed"), "trl": ("--bf16",)},
-    "+mixed+checkpointing": {
-        "wtool": ("--precision", "mixed", "--checkpointing"),
-        "trl": ("--bf16", "--checkpointing"),
-    },
 }
 TURNS = ("1", "2")  # of the comparison with TRL; of each tool the faster one counts
 
