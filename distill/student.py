@@ -137,9 +137,13 @@ def load_4bit(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
     with explained(checkpoint.label, "load the model in 4 bits"), quiet():
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             checkpoint.place, quantization_config=asked, dtype=compute, device_map={"": device}
         )
+    for module in model.modules():  # its kernels for processors are for rows by the 32, and pack weights for good
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def nothing_at_random(model: PreTrainedModel) -> None:
