@@ -135,6 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", default="cosine", help="in the parts losses and cache")
     parser.add_argument("--precision", default="float32", help="of wtool, but in the part trl, which has both")
     parser.add_argument("--trl-steps", type=int, default=6)
+    parser.add_argument("--trl-turns", type=int, default=2, help="of each tool; the faster one counts")
     parser.add_argument("--kill-steps", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("bench-distill"), help="for outputs and logs")
     parser.add_argument("--json", type=Path, default=Path("distill.json"), help="where results are, and go")
@@ -159,6 +160,7 @@ def asked_of(given: argparse.Namespace) -> Bench:
         given.schedule,
         given.precision,
         given.trl_steps,
+        given.trl_turns,
         given.kill_steps,
     )
     pythons = {"wtool": sys.executable} | ({"trl": given.trl} if given.trl else {})

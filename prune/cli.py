@@ -68,7 +68,7 @@ def prune(
     pack: Annotated[bool, typer.Option("--pack", help="store a bit for every weight and those that stay")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="modules to leave as they are")] = None,
     sequential: Annotated[
-        bool | None, typer.Option(help="fit each linear to what the pruned ones before it feed it [default: no]")
+        bool | None, typer.Option(help="fit each linear to what the pruned ones before it feed it [default: yes]")
     ] = None,
     recover: Annotated[str | None, typer.Option(help="then train it on the text: distill or lora")] = None,
     recover_tokens: Annotated[int, typer.Option(min=1, help="tokens to learn from")] = 1_000_000,

@@ -122,8 +122,8 @@ class PruneRecipe(BaseModel):
     )
     ignore: tuple[str, ...] = Field(default=(), description="filters of modules to leave as they are")
     way: Literal["sequential", "one-pass"] = Field(
-        default="one-pass",
-        description="fit each linear to what the pruned ones before it feed it, or to the model as it was",
+        default="sequential",
+        description="fit each linear to what the pruned ones before it feed it, or all of a block to what that is fed",
     )
     calibration: Calibration = Field(default=Calibration(), description="the text that inputs are gathered from")
     statistics: str | None = Field(

@@ -30,7 +30,6 @@ WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "+checkpointing": {"wtool": ("--checkpointing",), "trl": ("--checkpointing",)},
     "+mixed": {"wtool": ("--precision", "mixed"), "trl": ("--bf16",)},
 }
-TURNS = ("1", "2")  # of the comparison with TRL; of each tool the faster one counts
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Settings:
     schedule: str
     precision: str  # but for the part trl
     trl_steps: int
+    trl_turns: int  # of each tool; the faster one counts
     kill_steps: int
 
     @property
@@ -174,7 +174,7 @@ def trl(bench: Bench) -> Iterator[Case]:
     text = ("--data", str(data), "--samples", str(count - 1), "--seqlen", str(asked.seqlen), "--eval-data", str(held))
     how = ("--held-out", "1", "--steps", steps, "--batch", batch, "--evaluate-every", steps)
     rate = ("--lr", lr, "--schedule", "constant", "--warmup", "0")
-    for turn, way, tool in product(TURNS, WAYS, ("trl", "wtool")):
+    for turn, way, tool in product(range(1, asked.trl_turns + 1), WAYS, ("trl", "wtool")):
         name = f"trl-{tool}{way}-{turn}"
         if tool == "wtool":
             precision = () if "mixed" in way else ("--precision", "float32")

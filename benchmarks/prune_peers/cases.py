@@ -73,9 +73,12 @@ class Bench:
 def sparse(bench: Bench) -> Iterator[Case]:
     """Every method at every amount, with OWL's shares where they can be had, and llm-compressor's."""
     for method, amount in product(METHODS, AMOUNTS):
-        yield bench.wtool(f"sparse-{method}-{amount}", *_method(method, amount))
+        yield bench.wtool(f"sparse-{method}-{amount}", *_method(method, amount), *_blocks(method))
     for method, amount in product(METHODS, OWL_SHARES):
-        yield bench.wtool(f"sparse-{method}+owl-{amount}", *_method(method, amount), "--layer-ratios", "owl")
+        options = (*_blocks(method), "--layer-ratios", "owl")
+        yield bench.wtool(f"sparse-{method}+owl-{amount}", *_method(method, amount), *options)
+    for method in ("wanda", "sparsegpt"):
+        yield bench.wtool(f"sparse-{method}+sequential-0.5", *_method(method, "0.5"))
     for method, amount in product(("wanda", "sparsegpt"), AMOUNTS):
         name = f"sparse-llmcompressor_{method}-{amount}"
         yield bench.peer(name, "llmcompressor", "run_llmcompressor.py", method, amount)
@@ -83,6 +86,11 @@ def sparse(bench: Bench) -> Iterator[Case]:
 
 def _method(method: str, amount: str) -> tuple[str, ...]:
     return "-m", method, "--pattern" if ":" in amount else "--sparsity", amount
+
+
+def _blocks(method: str) -> tuple[str, ...]:
+    """All linears of a block fitted to what the block is fed, as papers and llm-compressor do."""
+    return () if method == "magnitude" else ("--no-sequential",)
 
 
 def parity(bench: Bench) -> Iterator[Case]:
@@ -95,7 +103,7 @@ def parity(bench: Bench) -> Iterator[Case]:
     if not exact.exists():
         subprocess.run([sys.executable, str(PEERS / "as_float32.py"), str(bench.model), str(exact)], check=True)
     yield bench.wtool(statistics, *EXACT, model=exact, verb="calibrate")
-    own = {"fed": EXACT, "dense": ("--stats", str(bench.out(statistics)))}
+    own = {"fed": (*EXACT, "--no-sequential"), "dense": ("--stats", str(bench.out(statistics)))}
     for method, amount, inputs in product(("wanda", "sparsegpt"), ("0.5", "2:4"), own):
         yield bench.wtool(
             f"parity-wtool_{method}_{inputs}-{amount}", *_method(method, amount), *own[inputs], model=exact

@@ -68,7 +68,7 @@ def test_each_block_is_pruned_by_what_the_pruned_ones_before_it_feed_it(
     name: str, method: str, amount: tuple[str, str], full: Full, prune: Prune, text: Path
 ) -> None:
     model, folder = full(name)
-    out = prune(folder, "-m", method, *amount)
+    out = prune(folder, "-m", method, *amount, "--no-sequential")
     before, after = matrices(folder), matrices(out)
     asked = parse_pattern("2:4") if "2:4" in amount else Sparsity(share=0.5)
     half = opened(out)  # pruned, but for its second block
@@ -202,7 +202,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude_and_told(
 
 def test_every_linear_sees_the_pruned_ones_before_it_in_a_sequential_walk(full: Full, prune: Prune, text: Path) -> None:
     model, folder = full("llama")
-    out = prune(folder, "-m", "wanda", "--sparsity", "0.5", "--sequential")
+    out = prune(folder, "-m", "wanda", "--sparsity", "0.5")
     before, after = matrices(folder), matrices(out)
     seen = grams(opened(out), text, folder)  # what the pruned model feeds its linears
     dense = grams(model, text, folder)
