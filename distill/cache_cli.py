@@ -11,7 +11,8 @@ cache_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 EPILOG = """\
 `wtool distill CACHE STUDENT` learns from it. Of each distribution the k likeliest tokens are kept and the mass of all
-others (--mode top-k), or a sample of k tokens whose mean is the distribution (--mode sample).
+others (--mode top-k), or a sample of k tokens whose mean is the distribution (--mode sample: for forward KL alone, and
+nearest to the teacher there).
 A stopped run goes on where it was when the same command is run again."""
 
 
