@@ -119,7 +119,8 @@ def speed(bench: Bench) -> Iterator[Case]:
         for dtype in ("float32", "auto"):
             yield bench.peer(f"speed-two_forwards_{dtype}-{turn}", "wtool", "forwards.py", dtype)
         for method in ("wanda", "sparsegpt"):
-            yield bench.wtool(f"speed-wtool_{method}-{turn}", *_method(method, "0.5"))
+            yield bench.wtool(f"speed-wtool_{method}-{turn}", *_method(method, "0.5"), *_blocks(method))
+            yield bench.wtool(f"speed-wtool_{method}+sequential-{turn}", *_method(method, "0.5"))
             for dtype in ("auto", "float32"):
                 name = f"speed-llmcompressor_{method}_{dtype}-{turn}"
                 yield bench.peer(name, "llmcompressor", "run_llmcompressor.py", method, "0.5", dtype)
