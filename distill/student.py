@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -140,9 +141,9 @@ def load_4bit(checkpoint: Checkpoint, device: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.place, quantization_config=asked, dtype=compute, device_map={"": device}
         )
-    for module in model.modules():  # its kernels for processors are for rows by the 32, and pack weights for good
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    packs: Any = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for module in packs:  # for the processor: of rows by the 32 alone, and for good
+        module.support_avx512bf16_for_cpu = False
     return model
 
 

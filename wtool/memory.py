@@ -21,8 +21,8 @@ def keep_freed_memory() -> None:
 def give_back_large_blocks() -> None:
     """Return blocks of 1 MB and more to the system as soon as they are freed, so that none is held between others.
 
-    That small because a batch's hidden states (2,048 x 576 bfloat16 are 2.4 MB) wait in many flows at once; at 256 kB the
-    fresh pages cost a third of the time of a walk.
+    That small because a batch's hidden states (2,048 x 576 bfloat16 are 2.4 MB) wait in many flows at once; at 256 kB
+    the fresh pages cost a third of the time of a walk.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 20)
