@@ -65,7 +65,7 @@ def trained_checkpoint(plan: DistillPlan, saved: Path) -> Checkpoint:
 
 def output_tensors(plan: DistillPlan, trained: Checkpoint) -> dict[str, TensorInfo]:
     """The tensors to write: the student's names and dtypes; of one that began at random, the teacher's dtype."""
-    usual = _usual_dtype(plan.student.source)
+    usual = own_dtype(plan.student.source)
     if plan.student.config is not None:
         return {name: _as(info, usual) for name, info in trained.tensors.items()}
     own = {name: _as(trained.tensors.get(name, info), info.dtype) for name, info in plan.student.source.tensors.items()}
@@ -132,16 +132,11 @@ def _config(plan: DistillPlan, trained: Checkpoint) -> dict[str, Any]:
         return {
             **trained.config,
             "architectures": classes,
-            "dtype": config_name(_usual_dtype(plan.student.source)),
+            "dtype": config_name(own_dtype(plan.student.source)),
             "use_cache": True,
         }
     config = trained.config if plan.recipe.lora else plan.student.source.config
     return {key: value for key, value in config.items() if key != "quantization_config"}  # its weights are plain now
-
-
-def _usual_dtype(source: Checkpoint) -> str:
-    """The type of most of a checkpoint's weights."""
-    return own_dtype(source)
 
 
 def _as(info: TensorInfo, dtype: str) -> TensorInfo:
