@@ -15,6 +15,7 @@ from .errors import RuntimeProblem
 
 _STRIPES = 4  # or more; a symmetric product is made in stripes, each from its diagonal on: at most 5/8 of the whole
 _WIDTH = 256  # of a stripe on the processor, at most: 0.56 to 0.7 of the time of the whole at 576 to 4096 features
+_TOKENS = 256  # whose squares are summed at a time, so that they stay in the processor's cache
 _BLOCK = 384  # columns of a Cholesky factor at a time
 
 
@@ -48,8 +49,6 @@ class Gram:
         self._add_products(rows)
 
     def _add_products(self, rows: Tensor) -> None:
-        if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16):
-            rows = rows.float()
         with _tf32():
             for begin, end in _stripes(self._sum):
                 left, right, target = rows[:, begin:end].t(), rows[:, begin:], self._sum[begin:end, begin:]
@@ -95,8 +94,14 @@ class Moments:
         """Add tokens, as `Gram.add` does."""
         rows, counts = _counted(inputs, mask)
         self._counts += counts
-        self._absolute += torch.linalg.vector_norm(rows, 1, dim=0, dtype=torch.float32)
-        self._squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+        absolute, squares = torch.zeros(2, rows.shape[1], device=rows.device)
+        for some in rows.split(len(rows) or 1 if rows.is_cuda else _TOKENS):
+            some = some.float()
+            ones = some.new_ones(len(some))  # products with them: a tenth of the time of torch's norms by column
+            absolute.addmv_(some.abs().t(), ones)
+            squares.addmv_(some.square().t(), ones)
+        self._absolute += absolute
+        self._squares += squares
 
     def sums(self) -> list[Tensor]:
         """What is to be added up, in place, with that of other tokens."""
@@ -114,9 +119,16 @@ class Moments:
 
 
 def _counted(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens as rows, those that do not count set to zero; and how many count, and how many are not finite."""
+    """Tokens as rows, those that do not count set to zero; and how many count, and how many are not finite.
+
+    Rows of 16-bit floats stay so on a GPU alone, where products of them are exact.
+    """
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    rows = rows.float() if rows.dtype == torch.float64 else rows
+    if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    flat = rows.reshape(-1)
+    if mask is None and not rows.is_cuda and bool(torch.dot(flat, flat).isfinite()):
+        return rows, torch.tensor([len(rows), 0])  # all that nearly every batch needs
     finite = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).isfinite()  # in float32 a sum of squares
     asked = torch.ones_like(finite) if mask is None else mask.reshape(-1)
     keep = finite & asked
