@@ -105,9 +105,9 @@ def explain(weight: Tensor, pruned: Pruned, inputs: Fed) -> dict[str, Any]:
     if pruned.factors is not None:
         told["rank"] = pruned.factors.v.shape[0]
     if inputs.gram is None:
-        norm = torch.linalg.vector_norm
-        change = norm(weight.float() - pruned.weight.float()) / norm(weight.float()).clamp(min=1e-30)
-        told["weight_error"] = round(float(change), 6)
+        error = weight.to(torch.float32, copy=True)
+        norm = torch.linalg.vector_norm(error).clamp(min=1e-30)
+        told["weight_error"] = round(float(torch.linalg.vector_norm(error.sub_(pruned.weight)) / norm), 6)
     else:
         (errors,) = relative_errors(weight, inputs.gram, [pruned.weight.float()])
         told |= {"weight_error": round(errors.weight, 6), "output_error": round(errors.output, 6)}

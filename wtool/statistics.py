@@ -15,7 +15,8 @@ from .errors import RuntimeProblem
 
 _STRIPES = 4  # or more; a symmetric product is made in stripes, each from its diagonal on: at most 5/8 of the whole
 _WIDTH = 256  # of a stripe on the processor, at most: 0.56 to 0.7 of the time of the whole at 576 to 4096 features
-_TOKENS = 256  # whose squares are summed at a time, so that they stay in the processor's cache
+_TOKENS = 1024  # that the processor multiplies at a time: no copy of a whole batch in float32
+_IN_CACHE = 256  # that it takes the squares of
 _BLOCK = 384  # columns of a Cholesky factor at a time
 
 
@@ -44,9 +45,9 @@ class Gram:
         inputs: [..., features], of any float type, on the device of the sum
         mask:   bool [...], True where a token counts
         """
-        rows, counts = _counted(inputs, mask)
-        self._counts += counts
-        self._add_products(rows)
+        for rows, counts in _counted(inputs, mask, _TOKENS):
+            self._counts += counts
+            self._add_products(rows)
 
     def _add_products(self, rows: Tensor) -> None:
         with _tf32():
@@ -92,14 +93,13 @@ class Moments:
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add tokens, as `Gram.add` does."""
-        rows, counts = _counted(inputs, mask)
-        self._counts += counts
-        absolute, squares = torch.zeros(2, rows.shape[1], device=rows.device)
-        for some in rows.split(len(rows) or 1 if rows.is_cuda else _TOKENS):
-            some = some.float()
-            ones = some.new_ones(len(some))  # products with them: a tenth of the time of torch's norms by column
-            absolute.addmv_(some.abs().t(), ones)
-            squares.addmv_(some.square().t(), ones)
+        absolute, squares = self._absolute.new_zeros(2, len(self._absolute), dtype=torch.float32)
+        for rows, counts in _counted(inputs, mask, _IN_CACHE):
+            self._counts += counts
+            rows = rows.float()
+            ones = rows.new_ones(len(rows))  # products with them: a tenth of the time of torch's norms by column
+            absolute.addmv_(rows.abs().t(), ones)
+            squares.addmv_(rows.square().t(), ones)
         self._absolute += absolute
         self._squares += squares
 
@@ -118,23 +118,34 @@ class Moments:
         return (self._squares / self._counts[0].clamp(min=1)).float()
 
 
-def _counted(inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _counted(inputs: Tensor, mask: Tensor | None, together: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens as rows, those that do not count set to zero; and how many count, and how many are not finite.
 
-    Rows of 16-bit floats stay so on a GPU alone, where products of them are exact.
+    On the processor so many tokens at a time, in float32. On a GPU all; 16-bit floats stay, as products of them are exact.
     """
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    if not rows.is_cuda or rows.dtype not in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    flat = rows.reshape(-1)
-    if mask is None and not rows.is_cuda and bool(torch.dot(flat, flat).isfinite()):
-        return rows, torch.tensor([len(rows), 0])  # all that nearly every batch needs
+    tokens = inputs.detach().reshape(-1, inputs.shape[-1])
+    asked = None if mask is None else mask.reshape(-1)
+    if tokens.is_cuda:
+        short = tokens.dtype in (torch.float16, torch.bfloat16)
+        yield _counted_rows(tokens if short else tokens.float(), asked)
+        return
+    for begin in range(0, len(tokens), together):
+        some = slice(begin, begin + together)
+        rows = tokens[some].float()
+        flat = rows.reshape(-1)
+        if asked is None and bool(torch.dot(flat, flat).isfinite()):
+            yield rows, torch.tensor([len(rows), 0])  # all that nearly every batch needs
+        else:
+            yield _counted_rows(rows, None if asked is None else asked[some])
+
+
+def _counted_rows(rows: Tensor, asked: Tensor | None) -> tuple[Tensor, Tensor]:
     finite = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).isfinite()  # in float32 a sum of squares
-    asked = torch.ones_like(finite) if mask is None else mask.reshape(-1)
-    keep = finite & asked
+    keep = finite if asked is None else finite & asked
+    lost = ~finite if asked is None else asked & ~finite
     if rows.is_cuda or not bool(keep.all()):
         rows = torch.where(keep[:, None], rows, 0)
-    return rows, torch.stack([keep.sum(), (asked & ~finite).sum()])
+    return rows, torch.stack([keep.sum(), lost.sum()])
 
 
 def _stripes(matrix: Tensor) -> Iterator[tuple[int, int]]:
