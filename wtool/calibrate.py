@@ -92,7 +92,7 @@ def walk(
     """
     batches = _share(batches_of(windows, where.batch_tokens), ranks)
     progress = start(len(batches) * len(network.blocks))
-    give_back_large_blocks()
+    give_back_large_blocks(1 << 20 if way == "sequential" else 4 << 20)
     give_back_freed_memory()  # what tokenizing left
     with torch.inference_mode(), hidden_states(where.activations, network.device) as hidden:
         calls = first_inputs(network, batches, hidden)
