@@ -53,7 +53,10 @@ def merge(
         list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="any other of the method")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="type of the output: bfloat16, float16, float32")] = None,
-    seed: Annotated[int, typer.Option(help="of random masks")] = 0,
+    rounding: Annotated[
+        str | None, typer.Option(help="nearest, or stochastic: keeps changes too small for 16 bits [default: nearest]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of random masks and random rounding")] = 0,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="union|base|MODEL", help="whose tokens the output has, where models differ")
     ] = None,
@@ -104,6 +107,7 @@ def merge(
         "merge_method": method,
         "base_model": base,
         "dtype": dtype,
+        "rounding": rounding,
         "tokenizer_source": tokenizer,
         "chat_template": chat_template,
         "seed": seed or None,

@@ -9,7 +9,7 @@ from wtool.errors import UsageError
 if TYPE_CHECKING:
     from .recipe import MergeRecipe
 
-OF_THE_MERGE = ("merge_method", "base_model", "dtype", "seed", "tokenizer_source", "chat_template")
+OF_THE_MERGE = ("merge_method", "base_model", "dtype", "rounding", "seed", "tokenizer_source", "chat_template")
 
 
 def is_file(models: Sequence[str]) -> bool:

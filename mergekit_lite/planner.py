@@ -74,6 +74,7 @@ def plan_merge(
         head=head,
         embedding=embedding,
         dtype=recipe.output_dtype,
+        rounding=recipe.rounding,
         seed=recipe.seed,
         vocabulary=vocabulary,
     )

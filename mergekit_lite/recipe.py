@@ -5,7 +5,7 @@ A recipe comes from a file or from the command line's flags; either way it is va
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -33,7 +33,7 @@ ON_INPUTS = ("regmean", "regmean++")  # methods that need what the weights are m
 
 
 class MergeRecipe(BaseModel):
-    """A merge, as asked. The field names are those of mergekit's YAML."""
+    """A merge, as asked. The field names are those of mergekit's YAML, and rounding, which it has not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=with_parameters)
 
@@ -49,7 +49,10 @@ class MergeRecipe(BaseModel):
     parameters: dict[str, Setting] = Field(default_factory=dict, description="of the method, for all models")
     dtype: str | None = Field(default=None, description="type of the output's weights; null keeps the inputs'")
     out_dtype: str | None = Field(default=None, description="the same, and goes before dtype")
-    seed: int = Field(default=0, description="of random masks")
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest", description="of the output to 16 bits; stochastic keeps changes smaller than a step"
+    )
+    seed: int = Field(default=0, description="of random masks and random rounding")
     tokenizer: TokenizerRecipe | None = Field(default=None, description="which tokens the output has")
     tokenizer_source: Reference | None = Field(default=None, description="the old spelling of tokenizer: {source: …}")
     chat_template: str | None = Field(

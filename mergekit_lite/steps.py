@@ -1,8 +1,9 @@
 """From a tensor that is wanted to the step that makes it: what is read, in which shape, with which numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from wtool.checkpoint.tied import is_tied
 from wtool.dtypes import FLOATS, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
 from wtool.plan import Step, Told
+from wtool.rounding import stochastic
 
 from .arithmetic.random_mask import mask_key
 from .disagreement import figures
@@ -103,12 +105,13 @@ class Steps:
         head: str | None,
         embedding: str | None,
         dtype: str | None,
+        rounding: str,
         seed: int,
         vocabulary: Vocabulary | None,
     ):
         self.sources, self.where = sources, where
         self.head, self.embedding = head, embedding
-        self.dtype, self.seed, self.vocabulary = dtype, seed, vocabulary
+        self.dtype, self.rounding, self.seed, self.vocabulary = dtype, rounding, seed, vocabulary
         self.tied = [embedding is not None and is_tied(source.config) for source in sources]
         self.absent: list[str] = []
         self.unlike: list[str] = []
@@ -144,13 +147,25 @@ class Steps:
     ) -> Step:
         mix, name = wanted.mix, wanted.name
         info = TensorInfo(self.dtype or promote([info.dtype for info in infos]), infos[0].shape)
+        at_random = self.rounding == "stochastic" and info.dtype in ("BF16", "F16")
+        made = torch.float32 if at_random else torch_dtype(info.dtype)
         function: Callable[..., Tensor | Told]
-        function = partial(_call, mix.row, mix.base is not None, self._arguments(wanted, torch_dtype(info.dtype)))
+        function = partial(_call, mix.row, mix.base is not None, self._arguments(wanted, made))
         if mix.base is not None:
             function = partial(_call_and_tell, function, name)
         if axis is not None and self.vocabulary is not None:
-            return self._aligned(self.vocabulary, name, reads, info, function, axis)
-        return Step(tuple(reads), {name: info}, function)
+            step = self._aligned(self.vocabulary, name, reads, info, function, axis)
+        else:
+            step = Step(tuple(reads), {name: info}, function)
+        return self._rounded(step, name) if at_random else step
+
+    def _rounded(self, step: Step, name: str) -> Step:
+        """A step that makes float32, with its result rounded at random to the output's type."""
+        assert step.function is not None
+        info = step.outputs[name]
+        seed = mask_key(self.seed, 0, name) % 2**63
+        function = partial(_round, step.function, torch_dtype(info.dtype), seed)
+        return replace(step, function=function, scratch=step.scratch + 4 * prod(info.shape))
 
     def _aligned(
         self,
@@ -248,6 +263,14 @@ def _call_and_tell(call: Callable[..., Tensor], name: str, *tensors: Tensor) -> 
     merged = call(*tensors)
     told = figures(tensors[0], tensors[1:], merged)
     return Told((merged,), {name.removesuffix(".weight"): told} if told else {})
+
+
+def _round(call: Callable[..., Any], dtype: torch.dtype, seed: int, *tensors: Tensor) -> Tensor | Told:
+    """With the result rounded at random."""
+    made = call(*tensors)
+    if isinstance(made, Told):
+        return replace(made, tensors=tuple(stochastic(tensor, dtype, seed) for tensor in made.tensors))
+    return stochastic(made, dtype, seed)
 
 
 def _equal(name: str, *tensors: Tensor) -> Tensor:

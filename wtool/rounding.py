@@ -10,6 +10,7 @@ https://arxiv.org/abs/1502.02551 (section 3.1).
 import torch
 from torch import Tensor
 
+_TOGETHER = 1 << 20  # numbers, so that what is made of them takes little memory
 # bits of a float32's mantissa that a type has not; the largest number of it
 _DROPPED = {torch.bfloat16: (16, torch.finfo(torch.bfloat16).max), torch.float16: (13, torch.finfo(torch.float16).max)}
 
@@ -25,11 +26,15 @@ def stochastic(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """
     if dtype not in _DROPPED or tensor.dtype in (dtype, *_DROPPED) or not tensor.is_floating_point():
         return tensor.to(dtype)
-    dropped, largest = _DROPPED[dtype]
-    plain = tensor.to(torch.float32)
-    bits = plain.contiguous().view(torch.int32)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randint(1 << dropped, bits.shape, dtype=torch.int32, generator=generator)
-    up_or_down = (bits + noise).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
-    certain = plain.to(dtype)
-    return torch.where(plain.abs() < largest, up_or_down, certain)
+    result = torch.empty(tensor.shape, dtype=dtype)
+    for some, rounded in zip(tensor.reshape(-1).split(_TOGETHER), result.view(-1).split(_TOGETHER), strict=True):
+        rounded.copy_(_rounded(some.float(), dtype, generator))
+    return result
+
+
+def _rounded(plain: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    dropped, largest = _DROPPED[dtype]
+    noise = torch.randint(1 << dropped, plain.shape, dtype=torch.int32, generator=generator)
+    up_or_down = noise.add_(plain.view(torch.int32)).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
+    return torch.where(plain.abs() < largest, up_or_down, plain.to(dtype))

@@ -121,7 +121,7 @@ class Moments:
 def _counted(inputs: Tensor, mask: Tensor | None, together: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens as rows, those that do not count set to zero; and how many count, and how many are not finite.
 
-    On the processor so many tokens at a time, in float32. On a GPU all; 16-bit floats stay, as their products are exact.
+    On the processor so many tokens at a time, in float32. On a GPU all; 16-bit floats stay: their products are exact.
     """
     tokens = inputs.detach().reshape(-1, inputs.shape[-1])
     asked = None if mask is None else mask.reshape(-1)
