@@ -64,6 +64,8 @@ def asked(
                 raise beside_file(models[0], extra[0])
         return recipe or _of_other_methods(calibration, statistics)
     method = rest.pop("merge_method")
+    if "rounding" in rest:
+        raise UsageError(f"--rounding is not for --method {method}, which rounds to the nearest")
     text |= {"seed": rest.pop("seed")} if "seed" in rest else {}
     return of_flags(
         method,

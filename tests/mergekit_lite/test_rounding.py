@@ -58,6 +58,13 @@ def test_an_unknown_rounding_is_one_line(models: Path, capsys: pytest.CaptureFix
     assert "stochastic" in told[0]
 
 
+def test_regmean_says_that_it_rounds_to_the_nearest(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = str(models / "a"), str(models / "b")
+    asked = ["merge", a, b, "-m", "regmean", "--rounding", "stochastic", "--calib", "x.txt", "-o", str(models / "x")]
+    assert run(asked) == 2
+    assert "--rounding is not for --method regmean" in capsys.readouterr().err
+
+
 def test_float32_has_nothing_to_round(models: Path) -> None:
     plain = merged(models, "plain", "--dtype", "float32")
     asked = merged(models, "asked", "--dtype", "float32", "--rounding", "stochastic")
