@@ -46,7 +46,7 @@ class Quantizing(Change[Gram]):
         weight_of = dict(zip(tensors, weights, strict=True))
         for alike in _alike(self.recipe, self.plan, tensors):
             layer = self.plan.layers[alike[0]]
-            weight = torch.cat([weight_of[name] for name in alike])
+            weight = weight_of[alike[0]] if len(alike) == 1 else torch.cat([weight_of[name] for name in alike])
             work = partial(quantize, gram=gram, tokens=tokens, layer=layer, recipe=self.recipe)
             outcome = by_rows(self.ranks, weight, work)
             pieces = split(outcome.quantized, [len(weight_of[name]) for name in alike])

@@ -32,7 +32,7 @@ from torch import Tensor
 from wtool.grid import Clip, Grid, Quantized
 from wtool.statistics import Factor, factor
 
-from .refine import better_rows, damp, refine_codes, refit_scales
+from .refine import added, better_rows, refine_codes, refit_scales
 from .rtn import rtn
 from .stack import Fitting, Job, quantize
 
@@ -118,7 +118,7 @@ def gptq_stack(
     found = quantize(list(jobs.values()), grid, fitting)
     for (i, job), quantized in zip(jobs.items(), found, strict=True):
         if settings.refine:
-            quantized = _refined(job, damp(grams[i], job.factor.damping), quantized, grid, settings, fitting)
+            quantized = _refined(job, grams[i], quantized, grid, settings, fitting)
         outcomes[i] = Outcome(quantized, job.factor.damping, None, int(job.factor.dead.sum()))
     return [outcome for outcome in outcomes if outcome is not None]
 
@@ -148,10 +148,11 @@ def _moved(weight: Tensor, cross: Tensor, found: Factor, order: Tensor | None) -
 def _refined(
     job: Job, gram: Tensor, quantized: Quantized, grid: Grid, settings: Settings, fitting: Fitting
 ) -> Quantized:
+    more = added(gram, job.factor.damping)
     for _ in range(settings.refine):
         if settings.refit:
-            refitted = refit_scales(job.weight, gram, quantized)
+            refitted = refit_scales(job.weight, gram, more, quantized)
             again = quantize([replace(job, start=refitted)], grid, fitting)[0]
-            quantized = better_rows(job.weight, gram, refitted, again)
-        quantized = refine_codes(job.weight, gram, quantized, grid)
+            quantized = better_rows(job.weight, gram, more, refitted, again)
+        quantized = refine_codes(job.weight, gram, more, quantized, grid)
     return quantized

@@ -13,7 +13,7 @@ from wtool.statistics import relative_errors
 from .awq import clipped
 from .gptq import Outcome, gptq
 from .recipe import QuantRecipe
-from .refine import damp
+from .refine import added
 from .rtn import rtn
 from .signround import begun
 
@@ -62,7 +62,7 @@ def _rounded_by_outputs(weight: Tensor, gram: Tensor, layer: "Layer", recipe: Qu
 def _begun(weight: Tensor, gram: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
     """Weights [out, in] by rounding, on the grid that learning starts from."""
     grid, dtype = layer.scheme.grid, torch_dtype(layer.scale_dtype)
-    return begun(weight, damp(gram, recipe.damping).diagonal(), grid, scale_dtype=dtype, clip=_clip(recipe))
+    return begun(weight, gram.diagonal() + added(gram, recipe.damping), grid, scale_dtype=dtype, clip=_clip(recipe))
 
 
 def split(quantized: Quantized, rows: Sequence[int]) -> list[Quantized]:

@@ -1,7 +1,7 @@
 """What can be gained after a rounding: codes and scales changed in turn, each to what is best with all others fixed.
 
 With E the weights minus the quantized weights and G the damped Gram matrix of the inputs, this is coordinate descent on
-tr(E G Eᵀ). With all other columns fixed, column j of the quantized weights is best at the point of the grid nearest to
+tr(E G Eᵀ). G is never made: its undamped matrix and what damping adds to the diagonal take no second square matrix. With all other columns fixed, column j of the quantized weights is best at the point of the grid nearest to
 
     W[:, j] + Σ_{i≠j} E[:, i] G[i, j] / G[j, j]
 
@@ -21,31 +21,30 @@ from wtool.grid import Grid, Quantized
 from .sweep import Scales, sweep
 
 
-def damp(gram: Tensor, damping: float) -> Tensor:
-    """The Gram matrix [in, in] with 1 where its diagonal was 0, and then `damping` times the diagonal's mean on it."""
-    damped = gram.clone()
-    diagonal = damped.diagonal()
-    diagonal += (diagonal == 0).to(gram.dtype)
-    diagonal += damping * diagonal.mean()
-    return damped
+def added(gram: Tensor, damping: float) -> Tensor:
+    """What damping adds to the diagonal of a Gram matrix, float32 [in]: 1 where it is 0, then a share of its mean."""
+    diagonal = gram.diagonal()
+    ones = (diagonal == 0).to(gram.dtype)
+    return ones + damping * (diagonal + ones).mean()
 
 
-def refine_codes(weight: Tensor, gram: Tensor, quantized: Quantized, grid: Grid) -> Quantized:
+def refine_codes(weight: Tensor, gram: Tensor, added: Tensor, quantized: Quantized, grid: Grid) -> Quantized:
     """Every code in turn at its best for all others.
 
     weight: [out, in]
-    gram:   float32 [in, in], damped
+    gram:   float32 [in, in]
+    added:  float32 [in], to the diagonal of the Gram matrix
     """
     lying = quantized.values().t().contiguous()  # [in, out]
     zeros = None if quantized.zeros is None else quantized.zeros.float().t().contiguous()[None]
     scales = Scales(quantized.scales.float().t().contiguous()[None], zeros, quantized.group_index[None])
-    coupling = gram / gram.diagonal()
+    coupling = (gram / (gram.diagonal() + added)).fill_diagonal_(1)
     values = torch.addmm(lying, coupling.t(), weight.float().t() - lying)
     sweep(values[None], lying[None], coupling[None], scales, grid)
     return replace(quantized, codes=values.to(torch.int8).t().contiguous())
 
 
-def refit_scales(weight: Tensor, gram: Tensor, quantized: Quantized) -> Quantized:
+def refit_scales(weight: Tensor, gram: Tensor, added: Tensor, quantized: Quantized) -> Quantized:
     """The scales of one group after the other at their best for the codes; the arguments are those of refine_codes."""
     codes = quantized.codes.float()
     if quantized.zeros is not None:
@@ -55,6 +54,7 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: Quantized) -> Quantize
     for group in range(scales.shape[1]):
         columns = (quantized.group_index == group).nonzero()[:, 0]
         own, related = codes[:, columns], gram[:, columns]
+        related[columns, torch.arange(len(columns), device=columns.device)] += added[columns]
         asked = (errors @ related).mul_(own).sum(dim=1)
         spread = (own @ related[columns]).mul_(own).sum(dim=1)
         before = scales[:, group].float()
@@ -65,12 +65,12 @@ def refit_scales(weight: Tensor, gram: Tensor, quantized: Quantized) -> Quantize
     return replace(quantized, scales=scales)
 
 
-def better_rows(weight: Tensor, gram: Tensor, first: Quantized, second: Quantized) -> Quantized:
+def better_rows(weight: Tensor, gram: Tensor, added: Tensor, first: Quantized, second: Quantized) -> Quantized:
     """Each row of the one with the smaller error; zeros and groups of the two must be the same."""
     errors = []
     for quantized in (first, second):
         off = weight.float() - quantized.values()
-        errors.append((off @ gram).mul_(off).sum(dim=1))
+        errors.append((off @ gram).addcmul_(off, added).mul_(off).sum(dim=1))
     keep = (errors[0] <= errors[1])[:, None]
     codes = torch.where(keep, first.codes, second.codes)
     return replace(first, codes=codes, scales=torch.where(keep, first.scales, second.scales))

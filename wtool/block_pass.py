@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from wtool.console import working_on
+from wtool.memory import give_back_freed_memory
 from wtool.network import Block, Linear, Network, Read, Regions
 from wtool.ranks import ALONE, Ranks
 
@@ -151,6 +152,7 @@ class Forward:
     def visit(self, site: Site[Any]) -> None:
         """Let the visitor change the linears of a site."""
         working_on(site.linears[0].name)
+        give_back_freed_memory()  # what the forward left
         self.change(self.visitor.site(site))
 
     def plain(self) -> None:

@@ -4,7 +4,7 @@ import torch
 from quantization_definitions import layer
 
 from quant.gptq import gptq
-from quant.refine import better_rows, damp, refine_codes, refit_scales
+from quant.refine import added, better_rows, refine_codes, refit_scales
 from quant.rtn import rtn
 from wtool.grid import Grid
 
@@ -33,8 +33,8 @@ def test_the_error_of_no_row_grows(grid, refit, scale_dtype):
         now = now or rtn(weight, grid, scale_dtype=scale_dtype)
         errors = [error(weight, now, gram)]
         for _ in range(3):
-            now = refit_scales(weight, damp(gram, 0.01), now) if refit else now
-            now = refine_codes(weight, damp(gram, 0.01), now, grid)
+            now = refit_scales(weight, gram, added(gram, 0.01), now) if refit else now
+            now = refine_codes(weight, gram, added(gram, 0.01), now, grid)
             errors.append(error(weight, now, gram))
             assert (errors[-1] <= errors[-2] * (1 + 1e-4) + 1e-9).all()
             assert now.codes.min() >= grid.lowest and now.codes.max() <= grid.highest
@@ -47,7 +47,7 @@ def test_definition(grid):
     # every code in turn at the best of all codes
     weight, gram = layer(4, 7)
     start = rtn(weight, grid, scale_dtype=F32)
-    found = refine_codes(weight, damp(gram, 0.01), start, grid)
+    found = refine_codes(weight, gram, added(gram, 0.01), start, grid)
     matrix = definition.lists(damped(gram))
     for r in range(4):
         scales = start.scales[r, start.group_index].tolist()
@@ -71,7 +71,7 @@ def test_scales_are_at_their_best_for_the_codes():
     _, block = layer(6, 8)
     gram = torch.block_diag(block, block)
     start = rtn(weight, Grid(3, 8), scale_dtype=F32)
-    found = refit_scales(weight, damped(gram).float(), start)
+    found = refit_scales(weight, gram, added(gram, 0.01), start)
     best = error(weight, found, gram)
     for factor in (0.999, 1.001):
         for group in range(2):
@@ -84,15 +84,14 @@ def test_scales_are_at_their_best_for_the_codes():
 def test_damping_by_definition():
     _, gram = layer(1, 9)
     gram[4] = gram[:, 4] = 0
-    before = gram.clone()
-    torch.testing.assert_close(damp(gram, 0.3).double(), damped(gram, 0.3), rtol=1e-6, atol=0)
-    assert torch.equal(gram, before)
+    found = gram + added(gram, 0.3).diag()
+    torch.testing.assert_close(found.double(), damped(gram, 0.3), rtol=1e-6, atol=0)
 
 
 def test_the_better_row_of_two():
     weight, gram = layer(30, 24)
     first, second = (rtn(weight + 0.01 * torch.randn(30, 24), Grid(3, 8), scale_dtype=F32) for _ in range(2))
-    found = better_rows(weight, damp(gram, 0.01), first, second)
+    found = better_rows(weight, gram, added(gram, 0.01), first, second)
     expected = torch.minimum(error(weight, first, gram), error(weight, second, gram))
     torch.testing.assert_close(error(weight, found, gram), expected, rtol=1e-5, atol=0)
 
