@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wtool.grid import Grid, Quantized
+from wtool.statistics import output_squares
 
 from .sweep import Scales, sweep
 
@@ -70,7 +71,7 @@ def better_rows(weight: Tensor, gram: Tensor, added: Tensor, first: Quantized, s
     errors = []
     for quantized in (first, second):
         off = weight.float() - quantized.values()
-        errors.append((off @ gram).addcmul_(off, added).mul_(off).sum(dim=1))
+        errors.append(output_squares(off, gram) + off.square() @ added)
     keep = (errors[0] <= errors[1])[:, None]
     codes = torch.where(keep, first.codes, second.codes)
     return replace(first, codes=codes, scales=torch.where(keep, first.scales, second.scales))

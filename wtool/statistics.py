@@ -5,13 +5,14 @@ makes in its output is known without the tokens: the mean of |E x|² is tr(E G E
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import RuntimeProblem
+from .products import in_bfloat16, in_float32
 
 _STRIPES = 4  # or more; a symmetric product is made in stripes, each from its diagonal on: at most 5/8 of the whole
 _WIDTH = 256  # of a stripe on the processor, at most: 0.56 to 0.7 of the time of the whole at 576 to 4096 features
@@ -45,9 +46,11 @@ class Gram:
         inputs: [..., features], of any float type, on the device of the sum
         mask:   bool [...], True where a token counts
         """
+        short = inputs.dtype == torch.bfloat16 and not inputs.is_cuda
         for rows, counts in _counted(inputs, mask, _TOKENS):
             self._counts += counts
-            self._add_products(rows)
+            with in_bfloat16() if short else nullcontext():  # exact, and half the time where there are units for it
+                self._add_products(rows)
 
     def _add_products(self, rows: Tensor) -> None:
         with _tf32():
@@ -263,13 +266,29 @@ def relative_errors(weight: Tensor, gram: Tensor, approximations: list[Tensor]) 
     return found
 
 
+def output_squares(errors: Tensor, gram: Tensor) -> Tensor:
+    """The mean of (e x)² for each row e of errors, float32 [out]: the diagonal of E G Eᵀ.
+
+    errors: float32 [out, in]
+    gram:   float32 [in, in], symmetric: each number beside the diagonal is taken once, and counted twice
+    """
+    total = errors.new_zeros(len(errors))
+    with _tf32():
+        for begin, end in _stripes(gram):
+            own, rest = errors[:, begin:end], errors[:, end:]
+            with in_float32():
+                products = own @ gram[begin:end, begin:end]
+                products.addmm_(rest, gram[end:, begin:end], alpha=2)
+            total += products.mul_(own).sum(dim=1)
+    return total
+
+
 def _square(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def _output_square(matrix: Tensor, gram: Tensor) -> float:
-    with _tf32():
-        return max(0.0, float((matrix @ gram).mul_(matrix).sum(dtype=torch.float64)))
+    return max(0.0, float(output_squares(matrix, gram).sum(dtype=torch.float64)))
 
 
 def _ratio(part: float, whole: float) -> float:

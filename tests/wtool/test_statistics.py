@@ -1,11 +1,12 @@
 import math
+import threading
 
 import pytest
 import quantization_definitions as definition
 import torch
 
 from wtool.errors import RuntimeProblem
-from wtool.statistics import Gram, Moments, factor, relative_errors
+from wtool.statistics import Gram, Moments, factor, output_squares, relative_errors
 
 
 def mean_of_products(rows):
@@ -66,6 +67,50 @@ def test_products_of_16_bit_floats_are_summed_up_in_32():
     # 4096 ones: in bfloat16 a sum of ones ends at 256
     gram = gathered([torch.ones(4096, 2, dtype=torch.bfloat16)] * 2, 2)
     assert gram.finish().tolist() == [[1, 1], [1, 1]]
+
+
+def test_bfloat16_tokens_are_summed_up_as_exactly_as_float32_ones():
+    # by whatever unit the processor multiplies: only the order of float32 sums may differ
+    generator = torch.Generator().manual_seed(1)
+    batches = [(torch.randn(700, 300, generator=generator) * 3).bfloat16() for _ in range(12)]
+    exact = torch.cat(batches).double().t() @ torch.cat(batches).double() / 8400
+    size = exact.diagonal().sqrt()
+    for found in (gathered(batches, 300), gathered([batch.float() for batch in batches], 300)):
+        assert ((found.finish() - exact).abs() / (size * size[:, None])).max() < 2e-6
+    # and float16, which bfloat16 does not hold
+    finer = [(batch.float() * (1 + 2**-10)).half() for batch in batches]
+    found, exact = gathered(finer, 300).finish(), torch.cat(finer).double().t() @ torch.cat(finer).double() / 8400
+    assert ((found - exact).abs() / (size * size[:, None])).max() < 2e-6
+
+
+def test_errors_are_the_same_beside_a_thread_that_gathers():
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(2000, 400, generator=generator).bfloat16()
+    matrix = torch.randn(256, 400, generator=generator)
+    gram = gathered([tokens], 400).finish()
+    alone, stop = output_squares(matrix, gram), threading.Event()
+
+    def gather():
+        while not stop.is_set():
+            gathered([tokens], 400)
+
+    beside = threading.Thread(target=gather)
+    beside.start()
+    try:
+        for _ in range(40):
+            assert torch.equal(output_squares(matrix, gram), alone)
+    finally:
+        stop.set()
+        beside.join()
+
+
+@pytest.mark.parametrize("features", [1, 63, 300, 1100])
+def test_output_squares_by_definition(features):
+    generator = torch.Generator().manual_seed(3)
+    tokens, errors = torch.randn(500, features, generator=generator), torch.randn(7, features, generator=generator)
+    found = output_squares(errors, gathered([tokens], features).finish())
+    expected = (errors.double() @ tokens.double().t()).square().mean(dim=1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def positive(features, dtype=torch.float64):
