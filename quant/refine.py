@@ -49,7 +49,7 @@ def refit_scales(weight: Tensor, gram: Tensor, added: Tensor, quantized: Quantiz
     """The scales of one group after the other at their best for the codes; the arguments are those of refine_codes."""
     codes = quantized.codes.float()
     if quantized.zeros is not None:
-        codes -= quantized.zeros.float()[:, quantized.group_index]
+        codes -= quantized.zeros.float().index_select(1, quantized.group_index)
     scales = quantized.scales.clone()
     errors = weight.float() - quantized.values()
     for group in range(scales.shape[1]):

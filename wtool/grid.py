@@ -67,8 +67,8 @@ class Quantized:
         """The matrix it stands for, float32 [out, in]."""
         codes = self.codes.float()
         if self.zeros is not None:
-            codes -= self.zeros.float()[:, self.group_index]
-        return codes.mul_(self.scales.float()[:, self.group_index])
+            codes -= self.zeros.float().index_select(1, self.group_index)
+        return codes.mul_(self.scales.float().index_select(1, self.group_index))
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ def encode(weight: Tensor, scales: Tensor, zeros: Tensor | None, group_index: Te
     """The nearest code of every weight, int8 [out, in]; halves go to the even code."""
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for rows in some_rows(weight):
-        exact = weight[rows].float() / scales[rows].float()[:, group_index]
+        exact = weight[rows].float() / scales[rows].float().index_select(1, group_index)
         if zeros is not None:
-            exact += zeros[rows].float()[:, group_index]
+            exact += zeros[rows].float().index_select(1, group_index)
         codes[rows] = exact.round_().clamp_(grid.lowest, grid.highest).to(torch.int8)
     return codes
 
