@@ -11,12 +11,12 @@ from torch import Tensor
 from wtool.grid import Quantized
 from wtool.ranks import ALONE, Ranks
 from wtool.rewrite import Change, Made
-from wtool.statistics import Gram
+from wtool.statistics import CrossGram, Gram
 
 from .gptq import Outcome
 from .matrix import explain, quantize, rounded, split
 from .planner import Layer, QuantPlan
-from .recipe import QuantRecipe
+from .recipe import METHODS, QuantRecipe
 from .rows import by_rows
 
 
@@ -33,7 +33,7 @@ class Quantizing(Change[Gram]):
         return () if layer is None else layer.outputs.keys()
 
     def gather(self, features: int, device: torch.device) -> Gram:
-        return Gram(features, device)
+        return CrossGram(features, device) if METHODS[self.recipe.method].asymmetric else Gram(features, device)
 
     def site(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> Sequence[Made]:
         return [made_of(found) for found in self.found(tensors, weights, gathered)]
@@ -41,13 +41,13 @@ class Quantizing(Change[Gram]):
     def found(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> list["Found"]:
         """What becomes of linears that share an input."""
         tokens, dropped = gathered.tokens, gathered.dropped
-        gram = gathered.finish()
+        gram, cross = gathered.finish_both() if isinstance(gathered, CrossGram) else (gathered.finish(), None)
         found: dict[str, Found] = {}
         weight_of = dict(zip(tensors, weights, strict=True))
         for alike in _alike(self.recipe, self.plan, tensors):
             layer = self.plan.layers[alike[0]]
             weight = weight_of[alike[0]] if len(alike) == 1 else torch.cat([weight_of[name] for name in alike])
-            work = partial(quantize, gram=gram, tokens=tokens, layer=layer, recipe=self.recipe)
+            work = partial(quantize, gram=gram, cross=cross, tokens=tokens, layer=layer, recipe=self.recipe)
             outcome = by_rows(self.ranks, weight, work)
             pieces = split(outcome.quantized, [len(weight_of[name]) for name in alike])
             for name, quantized in zip(alike, pieces, strict=True):

@@ -24,8 +24,13 @@ CLIP = Clip()
 FEWEST_TOKENS = 32  # a matrix that saw fewer is rounded, and the report says so
 
 
-def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: QuantRecipe) -> Outcome:
-    """Quantize weights [out, in] that share an input, by the recipe's method where enough tokens came to them."""
+def quantize(
+    weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: QuantRecipe, cross: Tensor | None = None
+) -> Outcome:
+    """Quantize weights [out, in] that share an input, by the recipe's method where enough tokens came to them.
+
+    gram, cross: as `gptq` takes them
+    """
     if tokens < FEWEST_TOKENS:
         return Outcome(rounded(weight, layer, recipe), None, f"only {tokens} tokens came to it", 0)
     if recipe.method == "awq":
@@ -43,6 +48,7 @@ def quantize(weight: Tensor, gram: Tensor, tokens: int, layer: "Layer", recipe: 
         clip=_clip(recipe),
         refine=recipe.refine,
         refit=True,
+        cross=cross,
     )
 
 

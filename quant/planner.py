@@ -254,6 +254,7 @@ def _work(recipe: QuantRecipe, source: Checkpoint, steps: Sequence[Step]) -> dic
         return {}
     asked, forwards = recipe.calibration, 1 if recipe.way == "sequential" else 2
     forwards += METHODS[recipe.method].scaled  # one to look
+    forwards += METHODS[recipe.method].asymmetric  # of the model as it was
     if METHODS[recipe.method].learned:  # as it was, and as it has become; a gradient takes two forwards more
         forwards = 2 + -(-3 * recipe.iters * min(recipe.batch, asked.samples) // asked.samples)
     return walk_work(source, asked.samples, asked.seqlen, forwards=forwards, fits=True)

@@ -31,12 +31,16 @@ class Method:
     calibrated: bool = False  # needs calibration text, or statistics gathered from it
     scaled: bool = False  # blocks are scaled first, which needs the text
     learned: bool = False  # by gradients through whole blocks, which needs the text
+    asymmetric: bool = False  # the model as it was runs beside, which needs the text
     symmetric: bool = True  # the grid, where none is asked for
 
 
 METHODS: dict[str, Method] = {
     "rtn": Method("round to the nearest code, checkpoint to checkpoint"),
     "gptq": Method("column by column, later columns make up for the errors of earlier ones", calibrated=True),
+    "gptaq": Method(
+        "gptq that aims at the outputs the linear had before anything was quantized", calibrated=True, asymmetric=True
+    ),
     "awq": Method("round inputs scaled up where activations are large", calibrated=True, scaled=True, symmetric=False),
     "signround": Method(
         "codes and scales of a whole block learned by gradients of its outputs", calibrated=True, learned=True
@@ -149,7 +153,7 @@ class QuantRecipe(BaseModel):
     @property
     def ordered(self) -> bool:
         """Whether groups are of columns in the order of their activations, which the file then has to tell."""
-        return self.method in ("gptq", "awq+gptq") and self.act_order and not self.static_groups
+        return self.method in ("gptq", "gptaq", "awq+gptq") and self.act_order and not self.static_groups
 
     @model_validator(mode="before")
     @classmethod
@@ -257,9 +261,15 @@ class QuantRecipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _asymmetric_is_sequential(self) -> "QuantRecipe":
+        if METHODS[self.method].asymmetric and self.way == "one-pass":
+            raise UsageError(f"{self.method} is sequential: leave out 'way: one-pass' (--no-sequential), or take gptq")
+        return self
+
+    @model_validator(mode="after")
     def _scales_need_the_model(self) -> "QuantRecipe":
         method = METHODS[self.method]
-        if self.statistics is not None and (method.scaled or method.learned):
+        if self.statistics is not None and (method.scaled or method.learned or method.asymmetric):
             raise UsageError(f"{self.method} looks at the model itself, so statistics do not do: give calibration text")
         return self
 

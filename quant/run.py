@@ -118,7 +118,8 @@ def _walk(
     else:
         rewriting = Rewriting(change, network, output, transposed, ranks)
     with rewriting as visitor:
-        calibrate.walk(network, windows.unpadded(), visitor, way=recipe.way, where=where, ranks=ranks, start=start)
+        way = "asymmetric" if METHODS[recipe.method].asymmetric else recipe.way
+        calibrate.walk(network, windows.unpadded(), visitor, way=way, where=where, ranks=ranks, start=start)
         visitor.finish(plan.layers)
 
 

@@ -242,13 +242,22 @@ class Gathered:
 
     def add(self, linears: tuple[Linear, ...], fed: Tensor) -> None:
         """Take in what linears are fed; of linears that share an input, the first counts."""
+        if (found := self._of(linears, fed)) is not None:
+            found.add(fed)
+
+    def add_pair(self, linears: tuple[Linear, ...], fed: Tensor, before: Tensor) -> None:
+        """The same, with what they were fed before anything was changed."""
+        if (found := self._of(linears, fed)) is not None:
+            found.add_pair(fed, before)
+
+    def _of(self, linears: tuple[Linear, ...], fed: Tensor) -> Any:
+        """What to add it to, if to anything."""
         site = self.shared.get(linears[0].name, linears)
         if linears[0] != site[0]:
-            return
+            return None
         if site not in self.found:
             self.found[site] = self.forward.visitor.gather(site, fed.shape[-1], self.forward.network.device)
-        if self.found[site] is not None:
-            self.found[site].add(fed)
+        return self.found[site]
 
     def agree(self) -> None:
         """Know of what any process met: an expert may have seen tokens in another one only."""

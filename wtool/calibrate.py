@@ -14,6 +14,10 @@ Three ways to go through a block:
                 linear for all tokens.
 
 A block with experts goes in one pass, as experts are not run side by side.
+
+The sequential way can be asymmetric: beside the batches, what they are in the model as it was goes through the blocks
+as they were, and what is gathered are pairs of inputs, now and before anything was changed. In memory is twice as much.
+(Of a block with experts only what they are now is gathered.)
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +44,7 @@ from wtool.network import Network
 from wtool.ranks import ALONE, Ranks
 from wtool.writer import checksum
 
-Way = Literal["observe", "one-pass", "sequential"]
+Way = Literal["observe", "one-pass", "sequential", "asymmetric"]
 Place = Literal["device", "cpu", "disk"]
 Progress = Callable[[int], None]
 
@@ -92,15 +96,23 @@ def walk(
     """
     batches = _share(batches_of(windows, where.batch_tokens), ranks)
     progress = start(len(batches) * len(network.blocks))
-    give_back_large_blocks(1 << 20 if way == "sequential" else 4 << 20)
+    give_back_large_blocks(4 << 20 if way in ("observe", "one-pass") else 1 << 20)
     give_back_freed_memory()  # what tokenizing left
-    with torch.inference_mode(), hidden_states(where.activations, network.device) as hidden:
+    places = (where.activations, network.device)
+    with torch.inference_mode(), hidden_states(*places) as hidden, hidden_states(*places) as old:
         calls = first_inputs(network, batches, hidden)
+        for number in range(len(batches) if way == "asymmetric" else 0):
+            old[number] = hidden[number]
         sites = Sites()
         for block in network.blocks:
-            forward = Forward(network, block, [call[block.index] for call in calls], hidden, visitor, progress, ranks)
+            own = [call[block.index] for call in calls]
+            forward = Forward(network, block, own, hidden, visitor, progress, ranks)
+            before = replace(forward, hidden=old, progress=lambda done: None) if way == "asymmetric" else None
             read = visitor.written(block)
             working_on(block.name)
+            if before and (read is not None or block.fused):
+                with network.filled(block):
+                    before.plain()
             with network.filled(block, read):
                 if read is None and (another := visitor.prepare(forward, sites)):
                     network.fill(block, another)
@@ -111,7 +123,7 @@ def walk(
                 elif way == "one-pass" or block.fused:
                     one_pass(forward, sites)
                 else:
-                    sequential(forward, sites)
+                    sequential(forward, sites, before)
             give_back_freed_memory()
 
 

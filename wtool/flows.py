@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,33 +13,55 @@ from wtool.block_pass import Forward, Gathered, Sites, finish
 from wtool.network import Linear
 
 
-def sequential(forward: Forward, sites: Sites) -> None:
+def sequential(forward: Forward, sites: Sites, before: Forward | None = None) -> None:
+    """Take all batches through a block, changing its linears on the way.
+
+    before: the same block on what the batches were before anything was changed; it goes through the linears as they
+            were, always one stop ahead, and statistics are of pairs of inputs
+    """
     shared = sites.of(forward, forward.regions())
     released: set[Linear] = set()
     flows = [_Flow(forward, number) for number in range(len(forward.calls))]
+    old = [_Flow(before, number) for number in range(len(before.calls))] if before else []
     with _stops(forward, released):
         try:
+            _advance(old)
             while flows[0].advance():
                 gathered = Gathered(forward, shared)
-                gathered.add(*flows[0].met())
-                for flow in flows[1:]:
-                    more = flow.advance()
-                    assert more, "batches of one block go through the same linears"
-                    gathered.add(*flow.met())
+                for number, flow in enumerate(flows):
+                    if number:
+                        _advance([flow], more=True)
+                    if old:
+                        gathered.add_pair(*flow.met(), old[number].met()[1])
+                    else:
+                        gathered.add(*flow.met())
                 met = next(iter(gathered.found))
+                released.update(met)
+                _advance(old)
                 for site in gathered.sites():
                     forward.visit(site)
-                released.update(met)
-            for flow in flows[1:]:
-                more = flow.advance()
-                assert not more, "batches of one block go through the same linears"
+            _advance(flows[1:], more=False)
         finally:
-            for flow in flows:
+            for flow in (*flows, *old):
                 flow.abandon()
+    _keep_outputs(flows, forward)
+    if before:
+        _keep_outputs(old, before)
+    finish(forward, released)
+
+
+def _keep_outputs(flows: Sequence[_Flow], forward: Forward) -> None:
     for number, flow in enumerate(flows):
         forward.hidden[number] = flow.output()
         forward.progress(1)
-    finish(forward, released)
+
+
+def _advance(flows: Sequence[_Flow], more: bool | None = None) -> None:
+    """Take flows to their next linears, or, as all alike, to the block's end."""
+    for flow in flows:
+        found = flow.advance()
+        assert more in (None, found), "batches of one block go through the same linears"
+        more = found
 
 
 class _Flow:

@@ -5,7 +5,7 @@ makes in its output is known without the tokens: the mean of |E x|² is tr(E G E
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,20 +46,14 @@ class Gram:
         inputs: [..., features], of any float type, on the device of the sum
         mask:   bool [...], True where a token counts
         """
-        short = inputs.dtype == torch.bfloat16 and not inputs.is_cuda
         for rows, counts in _counted(inputs, mask, _TOKENS):
             self._counts += counts
-            with in_bfloat16() if short else nullcontext():  # exact, and half the time where there are units for it
+            with _multiplying(inputs):
                 self._add_products(rows)
 
     def _add_products(self, rows: Tensor) -> None:
-        with _tf32():
-            for begin, end in _stripes(self._sum):
-                left, right, target = rows[:, begin:end].t(), rows[:, begin:], self._sum[begin:end, begin:]
-                if rows.dtype == torch.float32:
-                    target.addmm_(left, right)
-                else:  # the products of 16-bit floats are exact in float32
-                    target.add_(torch.mm(left, right, out_dtype=torch.float32))
+        for begin, end in _stripes(self._sum):
+            _add_product(self._sum[begin:end, begin:], rows[:, begin:end].t(), rows[:, begin:])
 
     def sums(self) -> list[Tensor]:
         """What is to be added up, in place, with that of other tokens."""
@@ -76,6 +70,37 @@ class Gram:
             square.copy_(square.triu() + square.triu(1).t())
             total[end:, begin:end] = total[begin:end, end:].t()
         return total.div_(self._counts[0].clamp(min=1))
+
+
+class CrossGram(Gram):
+    """A Gram matrix, and beside it the sum of (y - x) xᵀ, where y is what x was before anything was changed.
+
+    All tokens are added by `add_pair`, or, where it is not known what they were, all by `add`.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(features, device)
+        self._cross = torch.zeros(features, features, device=device)  # of y xᵀ
+        self._paired = False
+
+    def add_pair(self, inputs: Tensor, before: Tensor) -> None:
+        """Add tokens as they are and as they were, [..., features] of one type, on the device of the sums."""
+        self._paired = True
+        for rows, counts in _counted(torch.cat([inputs, before], dim=-1), None, _TOKENS):
+            self._counts += counts
+            now, then = rows.chunk(2, dim=1)
+            with _multiplying(inputs):
+                self._add_products(now)
+                _add_product(self._cross, then.t(), now)
+
+    def sums(self) -> list[Tensor]:
+        return [*super().sums(), self._cross]
+
+    def finish_both(self) -> tuple[Tensor, Tensor | None]:
+        """The means of x xᵀ and, of pairs, of (y - x) xᵀ, float32 [features, features], made as by `finish`."""
+        gram = self.finish()
+        cross, self._cross = self._cross, torch.empty(0)
+        return gram, None if not self._paired else cross.div_(self._counts[0].clamp(min=1)).sub_(gram)
 
 
 class Moments:
@@ -156,6 +181,20 @@ def _stripes(matrix: Tensor) -> Iterator[tuple[int, int]]:
     width = max(64, -(-size // _STRIPES))
     width = width if matrix.is_cuda else min(_WIDTH, width)
     return ((begin, min(begin + width, size)) for begin in range(0, size, width))
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        target.addmm_(left, right)
+    else:  # the products of 16-bit floats are exact in float32
+        target.add_(torch.mm(left, right, out_dtype=torch.float32))
+
+
+@contextmanager
+def _multiplying(inputs: Tensor) -> Iterator[None]:
+    """How float32 copies of inputs are multiplied: of bfloat16 ones exactly, in half the time where there are units."""
+    with in_bfloat16() if inputs.dtype == torch.bfloat16 and not inputs.is_cuda else _tf32():
+        yield
 
 
 @contextmanager

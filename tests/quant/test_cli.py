@@ -104,6 +104,30 @@ def test_the_report_tells_of_every_linear(model: Path, quantize: Quantize) -> No
     assert told["recipe"]["calibration"]["samples"] == 8
 
 
+def test_gptaq_aims_at_the_outputs_of_before(model: Path, quantize: Quantize) -> None:
+    gptq, gptaq = quantize(model, "-b", "3", name="gptq"), quantize(model, "-b", "3", "-m", "gptaq", name="gptaq")
+    ours, theirs = load_file(gptq / "model.safetensors"), load_file(gptaq / "model.safetensors")
+    first = "model.layers.0.self_attn.q_proj.weight_packed"  # fed what it was always fed
+    assert torch.equal(ours[first], theirs[first])
+    assert not torch.equal(ours[first.replace("layers.0", "layers.2")], theirs[first.replace("layers.0", "layers.2")])
+    assert manifest(gptaq)["recipe"]["quantize"]["method"] == "gptaq"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--no-sequential"], "error: gptaq is sequential: leave out 'way: one-pass' (--no-sequential), or take gptq"),
+        (["--stats", "stats"], "error: gptaq looks at the model itself, so statistics do not do: give calibration text"),
+    ],
+)
+def test_what_gptaq_cannot_do_is_refused(
+    model: Path, flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["quantize", str(model), "-m", "gptaq", *flags, "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.strip() == said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
 def test_other_formats_hold_the_same_matrices(model: Path, quantize: Quantize, form: str) -> None:
     flags = ["--dtype", "float16"]  # of the scales, in both formats

@@ -19,7 +19,7 @@ from wtool.writer import work_folder
 KILLS = int(os.environ.get("WTOOL_KILLS", "6"))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq", "gptaq"])
 def test_every_kill_of_a_walk_is_survived(method: str, text: Path, tmp_path: Path) -> None:
     made = llama(num_hidden_layers=8, hidden_size=128, intermediate_size=256)
     source = saved(made.to(torch.bfloat16), tmp_path / "model")

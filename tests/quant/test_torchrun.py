@@ -73,7 +73,7 @@ def test_torchrun_gives_what_one_process_gives(model: Path, text: Path, tmp_path
     assert manifest(tmp_path / "two")["recipe"]["processes"] == 2
 
 
-@pytest.mark.parametrize("more", [["--asymmetric"], ["--no-sequential", "--format", "gptq"]])
+@pytest.mark.parametrize("more", [["--asymmetric"], ["-m", "gptaq"], ["--no-sequential", "--format", "gptq"]])
 def test_every_way_and_grid(model: Path, text: Path, tmp_path: Path, more: list[str]) -> None:
     assert in_two(command(model, text, tmp_path / "two", *more), tmp_path / "said") == [0, 0]
     assert run(command(model, text, tmp_path / "one", *more)) == 0

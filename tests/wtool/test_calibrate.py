@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from wtool.calibrate import Place, Site, Visitor, Way, Where, walk
 from wtool.checkpoint import open_checkpoint
 from wtool.network import Block, Linear, Network, Read
-from wtool.statistics import Gram
+from wtool.statistics import CrossGram, Gram
 
 torch.manual_seed(0)
 WINDOWS = [torch.randint(3, 300, (12,)) for _ in range(5)] + [torch.randint(3, 300, (7,)) for _ in range(2)]
@@ -71,14 +71,47 @@ def gather(folder: Path, way: Way, batch_tokens: int = 24, factor: float = 1.0, 
     return visitor
 
 
+class Pairing(Gathering):
+    """One that keeps pairs of inputs."""
+
+    def __init__(self, factor: float = 0.5, finished: int = 0):
+        super().__init__(factor, finished)
+        self.crosses: dict[str, Tensor] = {}
+
+    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> Gram:
+        return CrossGram(features, device)
+
+    def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
+        assert isinstance(site.gathered, CrossGram)
+        gram, cross = site.gathered.finish_both()
+        assert self.network is not None
+        for linear in site.linears:
+            self.tokens[linear.name] = site.gathered.tokens
+            self.grams[linear.name] = gram
+            if cross is not None:
+                self.crosses[linear.name] = cross
+        return {linear: self.network.view(linear) * self.factor for linear in site.linears}
+
+
+def paired(folder: Path, batch_tokens: int = 24, finished: int = 0, activations: Place = "device") -> Pairing:
+    visitor = Pairing(finished=finished)
+    visitor.network = network = Network(open_checkpoint(str(folder)), dtype="F32")
+    walk(network, WINDOWS, visitor, way="asymmetric", where=Where(batch_tokens=batch_tokens, activations=activations))
+    return visitor
+
+
 def fed(model: PreTrainedModel) -> dict[str, Tensor]:
     """The sum of x xᵀ of every linear module of the model, in float64, by parameter."""
-    totals: dict[str, Tensor] = {}
+    return {name: inputs.T @ inputs for name, inputs in inputs_of(model).items()}
+
+
+def inputs_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What every linear module of the model is fed, float64 [tokens, features], by parameter."""
+    inputs: dict[str, list[Tensor]] = {}
 
     def hook(name: str):
         def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            rows = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
-            totals[name] = totals.get(name, 0) + rows.T @ rows
+            inputs.setdefault(name, []).append(arguments[0].reshape(-1, arguments[0].shape[-1]).double())
 
         return add
 
@@ -92,7 +125,7 @@ def fed(model: PreTrainedModel) -> dict[str, Tensor]:
             model(input_ids=window[None])
     for each in hooks:
         each.remove()
-    return totals
+    return {name: torch.cat(rows) for name, rows in inputs.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -179,6 +212,46 @@ def test_a_sequential_walk_feeds_each_linear_what_the_changed_ones_before_it_giv
             torch.testing.assert_close(
                 found.grams[linear.name].double(), total, rtol=0, atol=1e-5 * float(total.abs().max())
             )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "bert"])
+def test_an_asymmetric_walk_pairs_inputs_with_those_of_the_model_as_it_was(name: str, tmp_path: Path) -> None:
+    model = saved_family(name, tmp_path)
+    found, before = paired(tmp_path), inputs_of(model)
+    network = Network(open_checkpoint(str(tmp_path)), dtype="F32")
+    linears = [linear for block in network.blocks for linear in block.linears]
+    for parameter in {linear.slot.parameter for linear in linears}:
+        model.get_parameter(parameter).data.mul_(0.5)
+    after, moved = inputs_of(model), 0
+    for linear in linears:
+        now, then = after[linear.slot.parameter], before[linear.slot.parameter]
+        size = float((now.T @ now).abs().max()) / TOKENS
+        cross = (then - now).T @ now / TOKENS
+        torch.testing.assert_close(found.grams[linear.name].double(), now.T @ now / TOKENS, rtol=0, atol=1e-5 * size)
+        torch.testing.assert_close(found.crosses[linear.name].double(), cross, rtol=0, atol=2e-5 * size)
+        assert found.tokens[linear.name] == TOKENS
+        moved += float(cross.abs().max()) > 1e-2 * size
+    assert moved > len(linears) // 2
+
+
+def test_an_asymmetric_walk_that_goes_on_or_waits_elsewhere_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    for name in ("llama", "mixtral"):  # mixtral's blocks go in one pass
+        folder = tmp_path / name
+        saved_family(name, folder)
+        whole, rest, disk = paired(folder), paired(folder, finished=1), paired(folder, activations="disk")
+        assert 0 < len(rest.grams) < len(whole.grams) == len(disk.grams)
+        for other in (rest, disk):
+            for linear, gram in other.grams.items():
+                assert torch.equal(gram, whole.grams[linear])
+            assert all(torch.equal(cross, whole.crosses[linear]) for linear, cross in other.crosses.items())
+
+
+def test_of_experts_an_asymmetric_walk_gathers_what_they_are_fed_now(tmp_path: Path) -> None:
+    saved_family("mixtral", tmp_path)
+    found, plain = paired(tmp_path), gather(tmp_path, "sequential", factor=0.5)
+    assert not found.crosses
+    for name, gram in found.grams.items():
+        torch.testing.assert_close(gram * found.tokens[name], plain.grams[name])
 
 
 def test_a_walk_in_one_pass_feeds_a_block_what_the_changed_blocks_before_it_give(tmp_path: Path) -> None:

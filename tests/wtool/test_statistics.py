@@ -6,7 +6,7 @@ import quantization_definitions as definition
 import torch
 
 from wtool.errors import RuntimeProblem
-from wtool.statistics import Gram, Moments, factor, output_squares, relative_errors
+from wtool.statistics import CrossGram, Gram, Moments, factor, output_squares, relative_errors
 
 
 def mean_of_products(rows):
@@ -102,6 +102,33 @@ def test_errors_are_the_same_beside_a_thread_that_gathers():
     finally:
         stop.set()
         beside.join()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("features", [1, 70, 300])
+def test_pairs_by_definition(features, dtype):
+    generator = torch.Generator().manual_seed(features)
+    now = [torch.randn(2, tokens, features, generator=generator).to(dtype) for tokens in (1, 700, 3)]
+    before = [(each.float() + 0.1 * torch.randn(each.shape, generator=generator)).to(dtype) for each in now]
+    now[1][0, 5, 0], before[1][1, 7, -1] = torch.nan, torch.inf  # a pair counts if both are finite
+    gram = CrossGram(features)
+    for each in zip(now, before, strict=True):
+        gram.add_pair(*each)
+    assert (gram.tokens, gram.dropped) == (1406, 2)
+    x, y = (torch.cat([each.reshape(-1, features) for each in inputs]).double() for inputs in (now, before))
+    counts = x.isfinite().all(dim=1) & y.isfinite().all(dim=1)
+    x, y = x[counts], y[counts]
+    found, cross = gram.finish_both()
+    torch.testing.assert_close(found.double(), x.T @ x / 1406, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cross.double(), (y - x).T @ x / 1406, rtol=1e-5, atol=2e-6)
+
+
+def test_a_pair_statistic_of_single_inputs_has_no_cross():
+    gram = CrossGram(5)
+    gram.add(torch.randn(9, 5))
+    assert gram.tokens == 9
+    found, cross = gram.finish_both()
+    assert found.any() and cross is None
 
 
 @pytest.mark.parametrize("features", [1, 63, 300, 1100])
