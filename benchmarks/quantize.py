@@ -76,7 +76,9 @@ def tools(arguments: argparse.Namespace) -> list[Tool]:
     own = (sys.executable, tuple(WTOOL.split()), ("-c", WTOOL_IMPORTS), ("torch", "transformers", "safetensors"))
     learned = (own[0], tuple(SIGNROUND.split()), *own[2:])
     as_llmcompressor = (own[0], (*own[1], "--no-sequential"), *own[2:])  # a block's Gram matrices in one forward
-    found = [Tool("wtool", *own), Tool("wtool-onepass", *as_llmcompressor), Tool("wtool-signround", *learned)]
+    gptaq = (own[0], tuple(WTOOL.replace("gptq", "gptaq").split()), *own[2:])
+    found = [Tool("wtool", *own), Tool("wtool-onepass", *as_llmcompressor), Tool("wtool-gptaq", *gptaq)]
+    found.append(Tool("wtool-signround", *learned))
     peers = [
         ("llmcompressor", arguments.llmcompressor, ("llmcompressor", "torch", "transformers", "compressed-tensors")),
         ("gptqmodel", arguments.gptqmodel, ("gptqmodel", "torch", "transformers")),
