@@ -1,7 +1,7 @@
 """What can be gained after a rounding: codes and scales changed in turn, each to what is best with all others fixed.
 
 With E the weights minus the quantized weights and G the damped Gram matrix of the inputs, this is coordinate descent on
-tr(E G Eᵀ). G is never made: its undamped matrix and what damping adds to the diagonal take no second square matrix. With all other columns fixed, column j of the quantized weights is best at the point of the grid nearest to
+tr(E G Eᵀ). With all other columns fixed, column j of the quantized weights is best at the point of the grid nearest to
 
     W[:, j] + Σ_{i≠j} E[:, i] G[i, j] / G[j, j]
 
@@ -9,6 +9,8 @@ tr(E G Eᵀ). G is never made: its undamped matrix and what damping adds to the 
 https://arxiv.org/abs/2406.17542). With the codes fixed, the scale of a group whose codes, less the zero, are c is best
 moved by Σ_j (E G)[j] c[j] / (c G cᵀ), j over the group's columns. No step makes the error of a row larger, but for the
 rounding of float32: scales move to the nearest that can be stored.
+
+The damped matrix is never made: what damping adds to the diagonal goes along beside the one that was gathered.
 """
 
 from dataclasses import replace

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-
 _SETTING = threading.RLock()  # it is the whole process's
 
 

@@ -1,0 +1,36 @@
+"""GPTQModel's AWQ with its defaults: asymmetric, in AWQ's own "gemm" format.
+
+    python run_gptqmodel_awq.py MODEL OUT IDS.jsonl BITS GROUP
+
+Needs GPTQModel 7.7.0 in an environment of its own.
+"""
+# pyright: reportMissingImports=false
+
+import os
+import sys
+import time
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+
+import torch
+from figures import calibration_rows, memory, report, stop_after_imports
+from gptqmodel import GPTQModel
+from gptqmodel.quantization import AWQConfig
+from transformers import AutoTokenizer
+
+after_imports = memory("VmRSS")
+stop_after_imports(after_imports)
+model_folder, out, ids = sys.argv[1:4]
+bits, group = int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+
+rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in calibration_rows(ids)[:32]]
+start = time.perf_counter()
+model = GPTQModel.load(model_folder, AWQConfig(bits=bits, group_size=group, sym=False, format="gemm"))
+loaded = time.perf_counter()
+model.quantize(rows, batch_size=1)
+quantized = time.perf_counter()
+model.save(out)
+AutoTokenizer.from_pretrained(model_folder).save_pretrained(out)
+report(after_imports=after_imports, load_seconds=loaded - start, quantize_seconds=quantized - loaded)

@@ -1,0 +1,50 @@
+"""llm-compressor's AWQ with the settings of its documentation: asymmetric, duo scaling.
+
+    python run_llmcompressor_awq.py MODEL OUT IDS.jsonl BITS GROUP
+
+Writes compressed-tensors (pack-quantized). Needs llmcompressor 0.14.0.1 in an environment of its own.
+"""
+# pyright: reportMissingImports=false, reportArgumentType=false
+
+import os
+import sys
+import time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from figures import calibration_rows, memory, report, stop_after_imports
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+after_imports = memory("VmRSS")
+stop_after_imports(after_imports)
+model_folder, out, ids = sys.argv[1:4]
+bits, group = int(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+
+rows = calibration_rows(ids)[:32]
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto")
+loaded = time.perf_counter()
+weights = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group)
+scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+oneshot(
+    model=model,
+    dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+    recipe=[
+        AWQModifier(duo_scaling=True),
+        QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+    ],
+    max_seq_length=max(map(len, rows)),
+    num_calibration_samples=len(rows),
+    shuffle_calibration_samples=False,
+)
+quantized = time.perf_counter()
+model.save_pretrained(out, save_compressed=True)
+AutoTokenizer.from_pretrained(model_folder).save_pretrained(out)
+report(after_imports=after_imports, load_seconds=loaded - start, quantize_seconds=quantized - loaded)
