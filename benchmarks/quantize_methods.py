@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from quantize import PEERS, measure, surroundings
 from safetensors import safe_open
-from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 sys.path.append(str(PEERS))
-from evaluate import held_out_windows, hidden_states, reference_states
+from evaluate import held_out_windows, hidden_states, reference_states  # pyright: ignore[reportMissingImports]
 
 from wtool.checkpoint import open_checkpoint
 from wtool.loading import load_model
@@ -132,7 +132,8 @@ class Judge:
         return {"kl": kl / len(ids), "ppl": float(torch.tensor(loss / len(ids)).exp())}
 
     def _logs(self, model: PreTrainedModel, states: Tensor) -> Tensor:
-        return log_softmax(linear(states, model.get_output_embeddings().weight), dim=-1)
+        head: nn.Module = model.get_submodule("lm_head")  # of the full model and of a rotated one it is not the same
+        return log_softmax(head(states), dim=-1)
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
