@@ -55,17 +55,22 @@ def refit_scales(weight: Tensor, gram: Tensor, added: Tensor, quantized: Quantiz
     scales = quantized.scales.clone()
     errors = weight.float() - quantized.values()
     for group in range(scales.shape[1]):
-        columns = (quantized.group_index == group).nonzero()[:, 0]
-        own, related = codes[:, columns], gram[:, columns]
-        related[columns, torch.arange(len(columns), device=columns.device)] += added[columns]
-        asked = (errors @ related).mul_(own).sum(dim=1)
-        spread = (own @ related[columns]).mul_(own).sum(dim=1)
+        columns = _place((quantized.group_index == group).nonzero()[:, 0])
+        own, more = codes[:, columns], added[columns]
+        asked = (errors @ gram[:, columns]).addcmul_(errors[:, columns], more).mul_(own).sum(dim=1)
+        spread = (own @ gram[columns][:, columns]).addcmul_(own, more).mul_(own).sum(dim=1)
         before = scales[:, group].float()
         best = (before + asked / spread).to(scales.dtype)
         usable = (spread > 0) & best.isfinite() & (best != 0)
         scales[:, group] = torch.where(usable, best, scales[:, group])
         errors[:, columns] -= own * (scales[:, group].float() - before)[:, None]
     return replace(quantized, scales=scales)
+
+
+def _place(columns: Tensor) -> slice | Tensor:
+    """Columns, as a slice where they are neighbours: what is taken of a matrix is a view of it then, and no copy."""
+    begin, end = int(columns[0]), int(columns[-1]) + 1
+    return slice(begin, end) if end - begin == len(columns) else columns
 
 
 def better_rows(weight: Tensor, gram: Tensor, added: Tensor, first: Quantized, second: Quantized) -> Quantized:
