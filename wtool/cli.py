@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from wtool import __version__, console
 from wtool.errors import UsageError, WtoolError, did_you_mean
-from wtool.memory import take_large_pages
 
 if TYPE_CHECKING:
     import typer
@@ -136,7 +135,6 @@ def main() -> None:
     Leaves without taking the interpreter apart, which with torch loaded takes half a second; what is registered to be
     done at the end (temporary folders removed) is done.
     """
-    take_large_pages()
     code = run(sys.argv[1:])
     atexit._run_exitfuncs()
     sys.stdout.flush()

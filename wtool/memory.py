@@ -1,22 +1,9 @@
-"""How memory is asked for, and what the C library does with what is freed.
-
-Where that library is another one than glibc, or the system has no large pages, nothing is changed.
-"""
+"""What the C library does with memory that is freed. Where it is another one than glibc, nothing is changed."""
 
 import ctypes
-import os
 from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
-def take_large_pages() -> None:
-    """Have torch ask the system for pages of 2 MB where a tensor fills some. To be called before torch is imported.
-
-    Walks give large blocks back as soon as they are freed, and a page is cleared when it is used again: a fifth of the
-    processor's time went there, in pages of 4 kB. Memory stays what it was, as the rest of a tensor is in small pages.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,6 @@
 """The top level of the command: what it answers at once, and how errors are told to people and to scripts."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -78,19 +77,6 @@ def test_what_happens_inside_is_told_on_stderr(capsys, monkeypatch, tmp_path):
 def test_an_unknown_option_of_the_tool_itself(flag, capsys):
     assert run([flag]) == 2
     assert f"no option '{flag}'" in capsys.readouterr().err
-
-
-def test_large_pages_are_asked_for_before_torch_is_there() -> None:
-    code = (
-        "import os, sys; from wtool.cli import main; sys.argv = ['wtool', '--version']; os._exit = lambda code: None\n"
-        "assert 'torch' not in sys.modules; main(); print(os.environ['THP_MEM_ALLOC_ENABLE'])"
-    )
-    for given, found in ((None, "1"), ("0", "0")):
-        environment = os.environ | ({} if given is None else {"THP_MEM_ALLOC_ENABLE": given})
-        if given is None:
-            environment.pop("THP_MEM_ALLOC_ENABLE", None)
-        told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert told.stdout.split()[-1] == found
 
 
 def test_help_and_completion_do_not_wait_for_torch():
