@@ -18,7 +18,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +55,8 @@ ROWS |= {f"rtn-{bits}": f"--method rtn --bits {bits} --group-size 64 {CALIBRATED
 ROWS |= {kind: f"--format gguf --type {kind}" for kind in ("Q4_K_M", "Q3_K_M")}
 ROWS |= {f"{kind}-importances": f"--format gguf --type {kind} --stats {{stats}}" for kind in ("Q4_K_M", "Q3_K_M")}
 PEER_ROWS = {
-    "llmcompressor-awq-4": ("llmcompressor", "run_llmcompressor_awq.py {model} {out} {ids} 4 64"),
-    "gptqmodel-awq-4": ("gptqmodel", "run_gptqmodel_awq.py {model} {out} {ids} 4 64"),
+    "llmcompressor-awq-4": ("llmcompressor", "run_llmcompressor.py {model} {out} {ids} 4 64 auto awq"),
+    "gptqmodel-awq-4": ("gptqmodel", "run_gptqmodel.py {model} {out} {ids} 4 64 bfloat16 awq"),
 }
 GGUF_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
 
@@ -96,7 +95,7 @@ def linear_bits(folder: Path, weights: int) -> float:
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if "_proj." in name]  # noqa: SIM118
+            names = [name for name in sorted(file.keys()) if "_proj." in name]
             total += sum(file.get_tensor(name).nbytes for name in names)
     for path in folder.glob("*.gguf"):
         from gguf import GGUFReader
@@ -113,11 +112,7 @@ class Judge:
         self.full = load_model(open_checkpoint(str(model)), dtype="F32")
         self.windows = held_out_windows(model, texts / "held")
         self.states = reference_states(self.full, self.windows, folder / "reference")
-
-    @cache  # noqa: B019
-    def weights(self) -> int:
-        """How many the blocks' linears have."""
-        return sum(p.numel() for name, p in self.full.named_parameters() if "_proj." in name)
+        self.weights = sum(p.numel() for name, p in self.full.named_parameters() if "_proj." in name)  # in blocks
 
     def divergence(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
         """{text: {"kl": nats a token, "ppl": ...}}"""
@@ -170,7 +165,7 @@ def main() -> None:
         usage = measure(command, out.with_suffix(".log"))
         quality = judge.divergence(load_model(open_checkpoint(str(out)), dtype="F32"))
         nbytes = sum(path.stat().st_size for kind in ("*.safetensors", "*.gguf") for path in out.glob(kind))
-        bits = linear_bits(out, judge.weights())
+        bits = linear_bits(out, judge.weights)
         found["rows"][name] = {"bits": bits, "bytes": nbytes, "usage": asdict(usage), "quality": quality}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
         print_table({name: found["rows"][name]})

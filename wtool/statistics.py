@@ -312,13 +312,12 @@ def output_squares(errors: Tensor, gram: Tensor) -> Tensor:
     gram:   float32 [in, in], symmetric: each number beside the diagonal is taken once, and counted twice
     """
     total = errors.new_zeros(len(errors))
-    with _tf32():
-        for begin, end in _stripes(gram):
-            own, rest = errors[:, begin:end], errors[:, end:]
-            with in_float32():
-                products = own @ gram[begin:end, begin:end]
-                products.addmm_(rest, gram[end:, begin:end], alpha=2)
-            total += products.mul_(own).sum(dim=1)
+    for begin, end in _stripes(gram):
+        own, rest = errors[:, begin:end], errors[:, end:]
+        with in_float32():
+            products = own @ gram[begin:end, begin:end]
+            products.addmm_(rest, gram[end:, begin:end], alpha=2)
+        total += products.mul_(own).sum(dim=1)
     return total
 
 
@@ -327,7 +326,8 @@ def _square(matrix: Tensor) -> float:
 
 
 def _output_square(matrix: Tensor, gram: Tensor) -> float:
-    return max(0.0, float(output_squares(matrix, gram).sum(dtype=torch.float64)))
+    with _tf32():
+        return max(0.0, float(output_squares(matrix, gram).sum(dtype=torch.float64)))
 
 
 def _ratio(part: float, whole: float) -> float:

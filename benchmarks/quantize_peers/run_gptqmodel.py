@@ -1,8 +1,9 @@
-"""GPTQModel's GPTQ with its defaults: symmetric, damping 0.05, no act-order, group-aware reordering.
+"""GPTQModel with its defaults.
 
-    python run_gptqmodel.py MODEL OUT IDS.jsonl BITS GROUP [DTYPE]
+    python run_gptqmodel.py MODEL OUT IDS.jsonl BITS GROUP [DTYPE=its own] [METHOD=gptq]
 
-Writes gptq (v1). Needs GPTQModel 7.7.0 in an environment of its own.
+gptq is symmetric, with damping 0.05, no act-order and group-aware reordering, written as gptq (v1); awq is asymmetric, in
+AWQ's own "gemm" format. Needs GPTQModel 7.7.0 in an environment of its own.
 """
 # pyright: reportMissingImports=false
 
@@ -16,18 +17,24 @@ os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with 2 cores or fewer it 
 import torch
 from figures import calibration_rows, memory, report, stop_after_imports
 from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.quantization import AWQConfig
 from transformers import AutoTokenizer
 
 after_imports = memory("VmRSS")
 stop_after_imports(after_imports)
 model_folder, out, ids = sys.argv[1:4]
 bits, group = int(sys.argv[4]), int(sys.argv[5])
+dtype, method = [*sys.argv[6:], *["", "gptq"][len(sys.argv) - 6 :]]
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
 
 rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in calibration_rows(ids)]
-dtype = {"dtype": getattr(torch, sys.argv[6])} if len(sys.argv) > 6 else {}
+given = {"dtype": getattr(torch, dtype)} if dtype else {}
+configs = {
+    "gptq": lambda: QuantizeConfig(bits=bits, group_size=group, sym=True, desc_act=False),
+    "awq": lambda: AWQConfig(bits=bits, group_size=group, sym=False, format="gemm"),
+}
 start = time.perf_counter()
-model = GPTQModel.load(model_folder, QuantizeConfig(bits=bits, group_size=group, sym=True, desc_act=False), **dtype)
+model = GPTQModel.load(model_folder, configs[method](), **given)
 loaded = time.perf_counter()
 model.quantize(rows, batch_size=1)
 quantized = time.perf_counter()

@@ -1,6 +1,8 @@
-"""llm-compressor's GPTQ with the settings of its documentation: symmetric, damping 0.01, block 128, static order.
+"""llm-compressor with the settings of its documentation.
 
-    python run_llmcompressor.py MODEL OUT IDS.jsonl BITS GROUP [DTYPE=auto]
+    python run_llmcompressor.py MODEL OUT IDS.jsonl BITS GROUP [DTYPE=auto] [METHOD=gptq]
+
+gptq is symmetric, with damping 0.01, block 128 and static order; awq is asymmetric, with duo scaling.
 
 Writes compressed-tensors (pack-quantized). Needs llmcompressor 0.14.0.1 in an environment of its own.
 """
@@ -18,24 +20,31 @@ from datasets import Dataset
 from figures import calibration_rows, memory, report, stop_after_imports
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 after_imports = memory("VmRSS")
 stop_after_imports(after_imports)
 model_folder, out, ids = sys.argv[1:4]
 bits, group = int(sys.argv[4]), int(sys.argv[5])
+dtype, method = [*sys.argv[6:], *["auto", "gptq"][len(sys.argv) - 6 :]]
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
 
 rows = calibration_rows(ids)
 start = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=sys.argv[6] if len(sys.argv) > 6 else "auto")
+model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
 loaded = time.perf_counter()
-weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group)
-scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+weights = QuantizationArgs(num_bits=bits, type="int", symmetric=method == "gptq", strategy="group", group_size=group)
+which = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+recipes = {
+    "gptq": lambda: GPTQModifier(**which, dampening_frac=0.01, block_size=128),
+    "awq": lambda: [AWQModifier(duo_scaling=True), QuantizationModifier(**which)],
+}
 oneshot(
     model=model,
     dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
-    recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"], dampening_frac=0.01, block_size=128),
+    recipe=recipes[method](),
     max_seq_length=max(map(len, rows)),
     num_calibration_samples=len(rows),
     shuffle_calibration_samples=False,  # an unseeded shuffle makes every run differ
