@@ -2,8 +2,8 @@
 
     python run_gptqmodel.py MODEL OUT IDS.jsonl BITS GROUP [DTYPE=its own] [METHOD=gptq]
 
-gptq is symmetric, with damping 0.05, no act-order and group-aware reordering, written as gptq (v1); awq is asymmetric, in
-AWQ's own "gemm" format. Needs GPTQModel 7.7.0 in an environment of its own.
+gptq is symmetric, with damping 0.05, no act-order and group-aware reordering, and written as gptq (v1); awq is
+asymmetric, in AWQ's own "gemm" format. Needs GPTQModel 7.7.0 in an environment of its own.
 """
 # pyright: reportMissingImports=false
 
