@@ -1,4 +1,5 @@
-"""kill -9 at random moments of a walk; the same command then gives the bytes of an undisturbed run.
+"""kill -9 at random moments of a walk, and once as soon as it has begun; the same command then gives the bytes of an
+undisturbed run.
 
 WTOOL_KILLS says how many kills (default 6).
 """
@@ -40,7 +41,11 @@ def test_every_kill_of_a_walk_is_survived(method: str, text: Path, tmp_path: Pat
     for number in range(KILLS if method == "gptq" else (KILLS + 1) // 2):
         out = tmp_path / f"out{number}"
         process = start(command(out))
-        time.sleep(chance.uniform(0.2, 1.05) * seconds)
+        if number:
+            time.sleep(chance.uniform(0.2, 1.05) * seconds)
+        else:
+            while process.is_alive() and not work_folder(out).exists():
+                time.sleep(0.002)
         with suppress(ProcessLookupError):  # it may be through
             process.kill()
         process.join()

@@ -177,7 +177,7 @@ def test_a_worker_refuses_other_inputs(
         ray.write_named(name, fingerprint, make, str(work), str(tmp_path), 1, False)
 
     with pytest.raises(Mismatch, match=r"^\S+ has other inputs, or another version of wtool"):
-        write("0" + fingerprint[1:], tmp_path)
+        write(fingerprint[::-1], tmp_path)
     with pytest.raises(MissingInput, match="nowhere: is not on .*; all machines need the same folders"):
         write(fingerprint, tmp_path / "nowhere")
     number = next(i for i, shard in enumerate(plan(models, SHARD, 0).shards) if len(shard.tensors))
