@@ -96,7 +96,7 @@ def walk(
     """
     batches = _share(batches_of(windows, where.batch_tokens), ranks)
     progress = start(len(batches) * len(network.blocks))
-    give_back_large_blocks(4 << 20 if way in ("observe", "one-pass") else 1 << 20)
+    give_back_large_blocks()
     give_back_freed_memory()  # what tokenizing left
     places = (where.activations, network.device)
     with torch.inference_mode(), hidden_states(*places) as hidden, hidden_states(*places) as old:

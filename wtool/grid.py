@@ -17,7 +17,7 @@ from torch import Tensor
 
 BITS = (2, 3, 4, 5, 6, 8)
 _ROWS = 1 << 20  # weights, of whole rows, at a time
-_CHUNK = 1 << 16  # weights at a time, so that what is computed from them stays in the processor's cache
+_CHUNK = 1 << 17  # weights at a time, so that what is computed from them stays in the processor's cache
 
 
 @dataclass(frozen=True)
