@@ -22,6 +22,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 after_imports = memory("VmRSS")
@@ -30,6 +31,8 @@ model_folder, out, ids = sys.argv[1:4]
 bits, group = int(sys.argv[4]), int(sys.argv[5])
 dtype, method = [*sys.argv[6:], *["auto", "gptq"][len(sys.argv) - 6 :]]
 torch.set_num_threads(int(os.environ.get("THREADS", "2")))
+if not torch.accelerator.is_available():  # its AWQ pins memory, which fails where no accelerator reads it
+    IntermediatesCache.pin_memory = lambda *_, **__: None
 
 rows = calibration_rows(ids)
 start = time.perf_counter()
