@@ -46,6 +46,7 @@ ROWS |= {
     for name, flags in {
         "gptq-asymmetric": f"--method gptq --asymmetric {CALIBRATED}",
         "awq-symmetric": f"--method awq --symmetric {CALIBRATED}",
+        "awq+gptq-symmetric": f"--method awq+gptq --symmetric {CALIBRATED}",
         "rotate+rtn": "--method rtn --rotate",
         "rotate+gptq": f"--method gptq --rotate {CALIBRATED}",
     }.items()
