@@ -45,14 +45,28 @@ ROWS |= {
     for bits in (4, 3)
     for name, flags in {
         "gptq-asymmetric": f"--method gptq --asymmetric {CALIBRATED}",
+        "signround-batch-4": f"--method signround --batch 4 {CALIBRATED}",
+        "signround-asymmetric-batch-4": f"--method signround --batch 4 --asymmetric {CALIBRATED}",
+        "awq+signround-symmetric-batch-4": f"--method awq+signround --symmetric --batch 4 {CALIBRATED}",
+        "awq+signround-batch-4": f"--method awq+signround --batch 4 {CALIBRATED}",
         "awq-symmetric": f"--method awq --symmetric {CALIBRATED}",
         "awq+gptq-symmetric": f"--method awq+gptq --symmetric {CALIBRATED}",
         "rotate+rtn": "--method rtn --rotate",
         "rotate+gptq": f"--method gptq --rotate {CALIBRATED}",
+        "rotate+awq+gptq-symmetric": f"--method awq+gptq --symmetric --rotate {CALIBRATED}",
+        "rotate+signround-batch-4": f"--method signround --batch 4 --rotate {CALIBRATED}",
     }.items()
 }
 ROWS |= {f"gptq-{bits}": f"--method gptq --bits {bits} --group-size 64 {CALIBRATED}" for bits in ("3.5", "4.0")}
+ROWS |= {
+    f"rotate+gptq-{bits}": f"--method gptq --rotate --bits {bits} --group-size 64 {CALIBRATED}"
+    for bits in ("3.5", "4.0")
+}
 ROWS |= {f"rtn-{bits}": f"--method rtn --bits {bits} --group-size 64 {CALIBRATED}" for bits in ("3.5", "4.0")}
+ROWS |= {
+    f"awq+gptq-symmetric-{bits}": f"--method awq+gptq --symmetric --bits {bits} --group-size 64 {CALIBRATED}"
+    for bits in ("3.5", "4.0")
+}
 ROWS |= {kind: f"--format gguf --type {kind}" for kind in ("Q4_K_M", "Q3_K_M")}
 ROWS |= {f"{kind}-importances": f"--format gguf --type {kind} --stats {{stats}}" for kind in ("Q4_K_M", "Q3_K_M")}
 PEER_ROWS = {

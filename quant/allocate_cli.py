@@ -4,7 +4,7 @@ Statistics that are not given are gathered in a hidden folder beside the output,
 goes when the output is whole; until then a stopped run finds there what it had done.
 
     .NAME.allocation/
-        stats/           as `wtool calibrate --gradients` makes them
+        stats/           as `wtool calibrate --gradients` makes them; of a rotated model, with the rotation in its name
         settled.json     the recipe with every layer's grid
 """
 
@@ -29,6 +29,7 @@ from wtool.writer import MANIFEST, disk_errors
 from .allocated import Settled, settle, uniform
 from .planner import QuantPlan, plan_quantize
 from .recipe import QuantRecipe, parse_recipe
+from .rotating import rotation_noted
 
 if TYPE_CHECKING:
     from wtool.calibrate import Progress, Where
@@ -124,15 +125,15 @@ def _gathered(
 
     assert output is not None, "a dry run without statistics has ended"
     windows = windows_asked(source, recipe.calibration, trust_remote_code=where.trust_remote_code)
-    folder = folder_of(output)
+    stats = folder_of(output) / "-".join(["stats", *rotation_noted(source).values()])
     with ExitStack() as stack:
 
         def start(steps: int) -> "Progress":
             stack.close()  # what is shown of the walk before
             return stack.enter_context(console.progress("calibrating", steps, quiet=quiet, unit="steps"))
 
-        gather(source, windows, folder / "stats", where=where, gradients=True, force=force, start=start)
-    return open_statistics(folder / "stats")
+        gather(source, windows, stats, where=where, gradients=True, force=force, start=start)
+    return open_statistics(stats)
 
 
 def _settle(recipe: QuantRecipe, base: QuantPlan, statistics: Statistics, max_shard_bytes: int, quiet: bool) -> Settled:

@@ -7,7 +7,8 @@ Compression and Acceleration", 2023, https://arxiv.org/abs/2306.00978. With scal
 
 and with duo scaling, as the authors' code has it, s = a^r / w^(1-r), w the mean over the rows of |W|, each weight as a
 share of the largest in its group. Here r is searched for, with and without duo scaling; r = 0 without it leaves all as
-it is. Then, after the scaling, the share of each group's range that is covered (section 4.1, "weight clipping").
+it is. Then, after the scaling, the share of each group's range that is covered (section 4.1, "weight clipping"). What
+the paper does not have: the grid's scales are then moved to their best for the codes (`refine.refit_scales`).
 
 The paper compares outputs of the module around (attention, or the MLP) in a forward for each candidate. Here it is the
 outputs of the matrices themselves, and their squared error needs no forward: with G the Gram matrix of the inputs it is

@@ -36,23 +36,22 @@ class Quantizing(Change[Gram]):
         return CrossGram(features, device) if METHODS[self.recipe.method].asymmetric else Gram(features, device)
 
     def site(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> Sequence[Made]:
-        return [made_of(found) for found in self.found(tensors, weights, gathered)]
+        return [made_of(found) for found in self.found(tensors, weights, inputs_of(gathered))]
 
-    def found(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> list["Found"]:
+    def found(self, tensors: Sequence[str], weights: Sequence[Tensor], inputs: "Inputs") -> list["Found"]:
         """What becomes of linears that share an input."""
-        tokens, dropped = gathered.tokens, gathered.dropped
-        gram, cross = gathered.finish_both() if isinstance(gathered, CrossGram) else (gathered.finish(), None)
         found: dict[str, Found] = {}
         weight_of = dict(zip(tensors, weights, strict=True))
         for alike in _alike(self.recipe, self.plan, tensors):
             layer = self.plan.layers[alike[0]]
             weight = weight_of[alike[0]] if len(alike) == 1 else torch.cat([weight_of[name] for name in alike])
-            work = partial(quantize, gram=gram, cross=cross, tokens=tokens, layer=layer, recipe=self.recipe)
+            seen = {"gram": inputs.gram, "cross": inputs.cross, "tokens": inputs.tokens}
+            work = partial(quantize, **seen, layer=layer, recipe=self.recipe)
             outcome = by_rows(self.ranks, weight, work)
             pieces = split(outcome.quantized, [len(weight_of[name]) for name in alike])
             for name, quantized in zip(alike, pieces, strict=True):
                 own = replace(outcome, quantized=quantized)
-                found[name] = Found(self.plan.layers[name], own, gram, tokens, dropped)
+                found[name] = Found(self.plan.layers[name], own, inputs.gram, inputs.tokens, inputs.dropped)
         return [found[name] for name in tensors]
 
     def unseen(self, tensor: str, weight: Tensor, why: str) -> Made:
@@ -65,6 +64,22 @@ class Quantizing(Change[Gram]):
         prefix = f"{layer.linear.module}."
         tensors = {output.removeprefix(prefix): value for output, value in written.items()}
         return layer.format.decode(tensors, layer.scheme, layer.linear.shape).values()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the input of a linear."""
+
+    gram: Tensor  # float32 [in, in]
+    tokens: int
+    dropped: int
+    cross: Tensor | None = None  # as `gptq` takes it
+
+
+def inputs_of(gathered: Gram) -> Inputs:
+    tokens, dropped = gathered.tokens, gathered.dropped
+    gram, cross = gathered.finish_both() if isinstance(gathered, CrossGram) else (gathered.finish(), None)
+    return Inputs(gram, tokens, dropped, cross)
 
 
 @dataclass(frozen=True)

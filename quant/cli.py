@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 EPILOG = """\
-Methods: gptq, gptaq, awq, awq+gptq and signround (calibrated), rtn (rounding alone; needs no text and no model).
+Methods: gptq, gptaq, awq, signround, awq+gptq, awq+signround (calibrated); rtn (rounding alone; needs no text and no
+model).
 Calibration: text files, JSONL (text, messages or input_ids), datasets of the Hub; without --calib the text that
 Python carries. --ignore and --layer-bits take a part of a module's name, or a regular expression after "re:".
 --scheme fp8-dynamic (or fp8-block, fp8-tensor) writes FP8, without text; its name says all of the numbers.
@@ -40,7 +41,10 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint to quantize, or a recipe file (YAML)")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write")] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="gptq, gptaq, awq, awq+gptq, signround or rtn [default: gptq]")
+        str | None,
+        typer.Option(
+            "--method", "-m", help="gptq, gptaq, awq, awq+gptq, signround, awq+signround or rtn [default: gptq]"
+        ),
     ] = None,
     bits: Annotated[
         float | None,

@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from wtool.block_fit import Lesson, walk
+from wtool.block_fit import Lesson
 from wtool.block_pass import Site
-from wtool.calibrate import Progress, Where
 from wtool.network import Block, Linear, Network
 from wtool.rewrite import Made, Output, Rewriting
 from wtool.statistics import Gram
 
-from .calibrated import Found, Quantizing, made_of
+from .calibrated import Found, Inputs, Quantizing, inputs_of, made_of
 from .recipe import QuantRecipe
 from .signround import Rounding, Schedule, learn
 
@@ -34,11 +33,14 @@ class LearnedRewriting(Rewriting[Gram]):
         self._made: dict[Linear, Made] = {}  # of the same
 
     def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
-        linears = self._changed(site.linears)
-        weights = [self._network.view(linear) for linear in linears]
-        found = self._quantizing.found([linear.name for linear in linears], weights, site.gathered)
-        self._found |= dict(zip(linears, found, strict=True))
+        self.begin(self._changed(site.linears), inputs_of(site.gathered))
         return {}
+
+    def begin(self, linears: Sequence[Linear], inputs: Inputs) -> None:
+        """Find what learning begins with, for linears that share an input."""
+        weights = [self._network.view(linear) for linear in linears]
+        found = self._quantizing.found([linear.name for linear in linears], weights, inputs)
+        self._found |= dict(zip(linears, found, strict=True))
 
     def fit(self, lesson: Lesson, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
         found, self._found = self._found, {}
@@ -71,25 +73,6 @@ class LearnedRewriting(Rewriting[Gram]):
             else:
                 made[linear] = _telling(made_of(one), {"not_learned": "no gradient came to it"})
         return made
-
-
-def walk_learning(
-    change: Quantizing,
-    network: Network,
-    output: Output,
-    transposed: Collection[str],
-    windows: Sequence[Tensor],
-    where: Where,
-    start: Callable[[int], Progress],
-) -> None:
-    """Quantize and write the linears of a plan, learning their rounding block by block.
-
-    transposed: the tensors that lie as [in, out]
-    windows: int64 [length] each, without padding
-    """
-    with LearnedRewriting(change, network, output, transposed) as visitor:
-        walk(network, windows, visitor, windows_together=change.recipe.batch, where=where, start=start)
-        visitor.finish(change.plan.layers)
 
 
 class _Task:

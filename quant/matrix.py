@@ -12,8 +12,8 @@ from wtool.statistics import relative_errors
 
 from .awq import clipped
 from .gptq import Outcome, gptq
-from .recipe import QuantRecipe
-from .refine import added
+from .recipe import METHODS, QuantRecipe
+from .refine import added, refit_scales
 from .rtn import rtn
 from .signround import begun
 
@@ -35,7 +35,7 @@ def quantize(
         return Outcome(rounded(weight, layer, recipe), None, f"only {tokens} tokens came to it", 0)
     if recipe.method == "awq":
         return Outcome(_rounded_by_outputs(weight, gram, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
-    if recipe.method == "signround":
+    if METHODS[recipe.method].learned:
         return Outcome(_begun(weight, gram, layer, recipe), None, None, int((gram.diagonal() == 0).sum()))
     return gptq(
         weight,
@@ -58,11 +58,13 @@ def rounded(weight: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
 
 
 def _rounded_by_outputs(weight: Tensor, gram: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:
-    """Weights [out, in] by rounding, clipped where the outputs gain by it."""
+    """Weights [out, in] by rounding, clipped where the outputs gain by it, the scales at their best for the codes."""
     grid, dtype = layer.scheme.grid, torch_dtype(layer.scale_dtype)
-    if not recipe.clip or layer.makes_queries_or_keys:
-        return rtn(weight, grid, scale_dtype=dtype)
-    return clipped(weight, gram, grid, scale_dtype=dtype)
+    if recipe.clip and not layer.makes_queries_or_keys:
+        found = clipped(weight, gram, grid, scale_dtype=dtype)
+    else:
+        found = rtn(weight, grid, scale_dtype=dtype)
+    return refit_scales(weight, gram, added(gram, recipe.damping), found)
 
 
 def _begun(weight: Tensor, gram: Tensor, layer: "Layer", recipe: QuantRecipe) -> Quantized:

@@ -46,6 +46,9 @@ METHODS: dict[str, Method] = {
         "codes and scales of a whole block learned by gradients of its outputs", calibrated=True, learned=True
     ),
     "awq+gptq": Method("the scales of awq, then gptq", calibrated=True, scaled=True, symmetric=False),
+    "awq+signround": Method(
+        "the scales of awq, then signround", calibrated=True, scaled=True, learned=True, symmetric=False
+    ),
 }
 
 
@@ -256,8 +259,6 @@ class QuantRecipe(BaseModel):
     def _rotation_fits(self) -> "QuantRecipe":
         if self.rotate != "none" and self.statistics is not None:
             raise UsageError("rotate: statistics are of the model as it is, not rotated: give calibration text, or rtn")
-        if self.rotate != "none" and self.allocates:
-            raise UsageError("rotate: bits cannot be spread over the layers of a rotated model yet: give whole bits")
         return self
 
     @model_validator(mode="after")

@@ -99,27 +99,31 @@ def _walk(
     where: "Where",
     start: Callable[[int], Progress],
 ) -> None:
-    from wtool import calibrate
+    from wtool import block_fit, calibrate
     from wtool.rewrite import Rewriting
 
     from .calibrated import Quantizing
-    from .learned import walk_learning
+    from .learned import LearnedRewriting
     from .scaled import ScaledRewriting
+    from .scaled_learned import ScaledLearnedRewriting
 
     network = calibrate.network(plan.plan.sources[0], where)
     transposed = {name for name, layer in plan.layers.items() if layer.linear.transposed}
-    ranks = current()
+    ranks, method, tokens = current(), METHODS[recipe.method], windows.unpadded()
     change = Quantizing(recipe, plan, ranks)
-    if METHODS[recipe.method].learned:
-        walk_learning(change, network, output, transposed, windows.unpadded(), where, start)
+    if method.learned:
+        learning = ScaledLearnedRewriting if method.scaled else LearnedRewriting
+        with learning(change, network, output, transposed) as fitter:
+            block_fit.walk(network, tokens, fitter, windows_together=recipe.batch, where=where, start=start)
+            fitter.finish(plan.layers)
         return
-    if METHODS[recipe.method].scaled:
-        rewriting = ScaledRewriting(change, plan, network, output, transposed)
+    if method.scaled:
+        rewriting = ScaledRewriting(change, network, output, transposed)
     else:
         rewriting = Rewriting(change, network, output, transposed, ranks)
     with rewriting as visitor:
-        way = "asymmetric" if METHODS[recipe.method].asymmetric else recipe.way
-        calibrate.walk(network, windows.unpadded(), visitor, way=way, where=where, ranks=ranks, start=start)
+        way = "asymmetric" if method.asymmetric else recipe.way
+        calibrate.walk(network, tokens, visitor, way=way, where=where, ranks=ranks, start=start)
         visitor.finish(plan.layers)
 
 

@@ -17,41 +17,48 @@ from torch import Tensor
 from wtool.block_pass import Forward, Site, Sites, Visitor, gathered_inputs
 from wtool.dtypes import torch_dtype
 from wtool.network import Block, Linear, Network, Read
-from wtool.rewrite import Change, Output, Rewriting
+from wtool.rewrite import Output, Rewriting
 from wtool.statistics import Gram, Moments
 from wtool.writer import checksum
 
 from .awq import Fed, Found, search_scales
+from .calibrated import Inputs, Quantizing
 from .chains import Chain, chains
 from .feeds import Feed, feeds
 from .fold import Scaling, divided_norm, with_columns, with_rows
 from .matrix import FEWEST_TOKENS
-from .planner import QuantPlan
 
 NOTHING = "nothing before it takes a scale"
 
 
-class _Inputs:
+@dataclass(frozen=True, kw_only=True)
+class Seen(Inputs):
+    """What is known of the input of a linear."""
+
+    size: Tensor  # float32 [in], the mean of |x|
+
+
+class GramAndSize(Gram):
     """A Gram matrix and the mean of |x|, as they grow."""
 
     def __init__(self, features: int, device: torch.device):
-        self.gram, self.moments = Gram(features, device), Moments(features, device)
+        super().__init__(features, device)
+        self._moments = Moments(features, device)
 
-    def add(self, inputs: Tensor) -> None:
-        self.gram.add(inputs)
-        self.moments.add(inputs)
+    def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        super().add(inputs, mask)
+        self._moments.add(inputs, mask)
+
+    def sums(self) -> list[Tensor]:
+        return super().sums() + self._moments.sums()
+
+    def seen(self) -> Seen:
+        """What was seen; nothing can be added afterwards."""
+        size, tokens, dropped = self._moments.mean_absolute, self.tokens, self.dropped
+        return Seen(self.finish(), tokens, dropped, size=size)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """The same when all tokens are in."""
-
-    gram: Tensor
-    size: Tensor
-    tokens: int
-
-
-class Looking(Visitor[_Inputs]):
+class Looking(Visitor[GramAndSize]):
     """Gathers the inputs of some linears, and changes nothing."""
 
     def __init__(self, wanted: Collection[str]):
@@ -60,11 +67,11 @@ class Looking(Visitor[_Inputs]):
     def written(self, block: Block) -> Read | None:
         return None
 
-    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> _Inputs | None:
+    def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> GramAndSize | None:
         wanted = any(linear.name in self._wanted for linear in linears)
-        return _Inputs(features, device) if wanted else None
+        return GramAndSize(features, device) if wanted else None
 
-    def site(self, site: Site[_Inputs]) -> Mapping[Linear, Tensor]:
+    def site(self, site: Site[GramAndSize]) -> Mapping[Linear, Tensor]:
         return {}
 
     def block(self, block: Block, unseen: Sequence[Linear]) -> Mapping[Linear, Tensor]:
@@ -74,12 +81,10 @@ class Looking(Visitor[_Inputs]):
 class ScaledRewriting(Rewriting[Gram]):
     """The visitor of a walk that scales every block before it is quantized."""
 
-    def __init__(
-        self, change: Change[Gram], plan: QuantPlan, network: Network, output: Output, transposed: Collection[str]
-    ):
+    def __init__(self, change: Quantizing, network: Network, output: Output, transposed: Collection[str]):
         turned = {each.name for block in network.blocks for each in block.linears if each.slot.transposed}
         super().__init__(change, network, output, {*transposed, *turned})
-        self._plan = plan
+        self._plan = plan = change.plan
         outputs = plan.plan.outputs
         self._dtypes = {name: torch_dtype(outputs[name].dtype) for name in plan.walked}  # of what is written plain
         self._feeds: dict[Any, list[Feed]] = {}  # by kind of block
@@ -90,18 +95,20 @@ class ScaledRewriting(Rewriting[Gram]):
     # Scaling
 
     def prepare(self, forward: Forward, sites: Sites) -> Read | None:
-        found = [chain for feed in self._feeds_of(forward) for chain in chains(forward.block, feed)]
+        found = self.chains_of(forward)
         wanted = {taker.tensor for chain in found for taker in chain.takers if taker.tensor in self._plan.layers}
         gathered = gathered_inputs(replace(forward, visitor=Looking(wanted)), sites)
-        seen: dict[str, _Seen] = {}
+        seen: dict[str, Seen] = {}
         for site in gathered.sites():
-            inputs: _Inputs = site.gathered
-            tokens = inputs.gram.tokens
-            met = _Seen(inputs.gram.finish(), inputs.moments.mean_absolute, tokens)
+            met = site.gathered.seen()
             seen |= {linear.name: met for linear in site.linears if linear.name in wanted}
         for chain in found:
-            self._scale(chain, seen)
+            self.scale(chain, seen)
         return self.scaled_tensor
+
+    def chains_of(self, forward: Forward) -> list[Chain]:
+        """What can be scaled in a block."""
+        return [chain for feed in self._feeds_of(forward) for chain in chains(forward.block, feed)]
 
     def _feeds_of(self, forward: Forward) -> list[Feed]:
         """The feeds of a block; blocks of one kind are alike, so one of each kind is tried."""
@@ -114,7 +121,11 @@ class ScaledRewriting(Rewriting[Gram]):
             self._feeds[kind] = feeds(forward)
         return self._feeds[kind]
 
-    def _scale(self, chain: Chain, seen: Mapping[str, _Seen]) -> None:
+    def scale(self, chain: Chain, seen: Mapping[str, Seen]) -> None:
+        """Find the scales of a chain, and note what they make of its tensors.
+
+        seen: of linears by their names
+        """
         matrices = [
             self._fed(taker.linear, taker.channel, seen[taker.tensor])
             for taker in chain.takers
@@ -130,7 +141,7 @@ class ScaledRewriting(Rewriting[Gram]):
                 own = scales if taker.channel is None else scales[taker.channel]
                 self._scalings[taker.tensor] = with_columns(self._scalings.get(taker.tensor, Scaling()), own)
 
-    def _fed(self, linear: Linear, channel: Tensor | None, seen: _Seen) -> Fed:
+    def _fed(self, linear: Linear, channel: Tensor | None, seen: Seen) -> Fed:
         layer = self._plan.layers[linear.name]
         weight = self._network.view(linear).float()
         dtype = torch_dtype(layer.scale_dtype)
@@ -153,6 +164,10 @@ class ScaledRewriting(Rewriting[Gram]):
             if chain.bias is not None:
                 self._scalings[chain.bias] = Scaling(scaling.rows)
         return scales
+
+    def columns_of(self, linear: Linear) -> Tensor | None:
+        """What the columns of a linear are multiplied by, float32 [in]; None where they are as they were."""
+        return self._scalings.get(linear.name, Scaling()).columns
 
     def scaled_tensor(self, name: str) -> Tensor:
         """A tensor of a block as it is after the scaling: what is written plain as it is written."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wtool.writer import checksum
 
-PIECE = 1 << 22  # elements that are turned at a time, in float64
+PIECE = 1 << 18  # elements that are turned at a time, in float64
 
 
 class Turn(Protocol):

@@ -25,6 +25,7 @@ from wtool.loading import load_model, quiet
 from wtool.writer import work_folder
 
 CALIBRATION = ["--samples", "8", "--seqlen", "48"]
+BOTH = ["signround", "awq+signround"]
 Signround = Callable[..., Path]
 
 
@@ -34,7 +35,7 @@ def signround(text: Path, tmp_path: Path) -> Signround:
 
     def go(model: Path, *flags: str, name: str = "out") -> Path:
         method = [] if "-m" in flags else ["-m", "signround"]
-        iters = [] if "--iters" in flags or "-m" in flags else ["--iters", "6"]
+        iters = [] if "--iters" in flags else ["--iters", "6"]
         arguments = [*method, *iters, *flags, "--calib", str(text), *CALIBRATION, "-o", str(tmp_path / name), "--quiet"]
         assert run(["quantize", str(model), *arguments]) == 0
         return tmp_path / name
@@ -79,8 +80,9 @@ def test_losses_of_blocks_fall_and_are_told(model: Path, signround: Signround) -
     assert all(entry["output_error"] < 1 and "not_learned" not in entry for entry in told.values())
 
 
-def test_the_loss_told_is_that_of_what_was_written(model: Path, text: Path, signround: Signround) -> None:
-    out = signround(model, "-b", "3", "-g", "32", "--dtype", "float32")
+@pytest.mark.parametrize("method", BOTH)
+def test_the_loss_told_is_that_of_what_was_written(method: str, model: Path, text: Path, signround: Signround) -> None:
+    out = signround(model, "-m", method, "-b", "3", "-g", "32", "--dtype", "float32")
     source = CalibrationSource((str(text),), samples=8, length=48)
     windows = torch.stack(windows_for(open_checkpoint(str(model)), source).unpadded())
     with torch.no_grad():
@@ -97,9 +99,10 @@ def test_two_runs_give_the_same_bytes(model: Path, signround: Signround) -> None
     assert weights(first) == weights(second) != weights(other)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", BOTH)
+def test_a_killed_run_goes_on_to_the_same_bytes(method: str, model: Path, text: Path, tmp_path: Path) -> None:
     def command(out: Path) -> list[str]:
-        learning = ["-m", "signround", "--iters", "12", "-g", "32", "-b", "3"]
+        learning = ["-m", method, "--iters", "12", "-g", "32", "-b", "3"]
         return ["quantize", str(model), *learning, "--calib", str(text), *CALIBRATION, "-o", str(out)]
 
     start(command(tmp_path / "straight")).join()
@@ -123,16 +126,33 @@ def test_where_activations_wait_changes_nothing(model: Path, signround: Signroun
     assert weights(first) == weights(second)
 
 
+@pytest.mark.parametrize("method", BOTH)
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "phi3"])
-def test_every_family_is_learned_and_opens_in_transformers(name: str, signround: Signround, tmp_path: Path) -> None:
+def test_every_family_is_learned_and_opens_in_transformers(
+    name: str, method: str, signround: Signround, tmp_path: Path
+) -> None:
     saved_family(name, tmp_path / "model")
-    out = signround(tmp_path / "model", "-g", "8", "-b", "4", "--dtype", "float32")
+    out = signround(tmp_path / "model", "-m", method, "-g", "8", "-b", "4", "--dtype", "float32")
     unpacked = CompressedTensorsConfig(dequantize=True)
     with quiet(), torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=unpacked)
         theirs = theirs(input_ids=ids()).logits
     torch.testing.assert_close(logits(out), theirs, rtol=1e-4, atol=1e-4)
-    assert all("block_loss" in entry for entry in report(out).values())
+    assert all("block_loss" in entry and ("scaled" in entry) == ("awq" in method) for entry in report(out).values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_scales_that_are_learned_after_leave_the_model_what_it_was(
+    name: str, signround: Signround, tmp_path: Path
+) -> None:
+    """With steps of 8 bits; the norms are others, and so is every matrix before it is rounded."""
+    saved_family(name, tmp_path / "model")
+    out = signround(tmp_path / "model", "-m", "awq+signround", "-b", "8", "-g", "8")
+    full, after = (logits(folder).log_softmax(-1) for folder in (tmp_path / "model", out))
+    assert float((full.exp() * (full - after)).sum(-1).mean()) < 0.01
+    given, stored = open_checkpoint(str(tmp_path / "model")), open_checkpoint(str(out))
+    norms = [each for each in given.tensors if ("layernorm" in each or "ln_" in each) and each.endswith("weight")]
+    assert sum(not torch.equal(given.read(each), stored.read(each)) for each in norms) >= 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3_text"])

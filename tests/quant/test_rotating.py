@@ -1,6 +1,7 @@
 """`wtool quantize --rotate` as a user runs it, on tiny models, opened again in transformers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,24 @@ def test_outliers_in_a_few_channels_of_a_row_s_grid_are_turned_away(text: Path, 
     assert off(logits(turned), logits(model)) < 0.7 * off(logits(plain), logits(model))
 
 
+def test_bits_are_spread_over_the_layers_of_a_rotated_model(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By statistics of it: those that a stopped run left of another rotation are not taken."""
+    flags = ["-m", "gptq", "-b", "5.0", "-g", "32", "--rotate"]
+    fresh = quantize(model, text, tmp_path / "fresh", *flags, "--rotate-seed", "1")
+    told, grids = manifest(fresh), manifest(fresh)["allocation"]["layers"].values()
+    assert len({grid["bits"] for grid in grids}) > 1 and told["rotation"]
+    assert off(logits(fresh), logits(model)) < 0.2
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("quant.allocate_cli.drop_statistics", lambda output: None)
+        quantize(model, text, out, *flags)
+    assert manifest(out)["allocation"]["layers"] != told["allocation"]["layers"]
+    shutil.rmtree(out)
+    assert contents(quantize(model, text, out, *flags, "--rotate-seed", "1")) == contents(fresh)
+
+
 def test_gguf_of_a_rotated_model_decodes_to_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     out = quantize(model, text, tmp_path / "out", "-f", "gguf", "-t", "F16", "--rotate")
@@ -154,7 +173,6 @@ def test_the_residual_stream_alone_by_a_recipe(model: Path) -> None:
     "asked, reason",
     [
         ({"statistics": "s"}, "statistics are of the model as it is, not rotated: give calibration text, or rtn"),
-        ({"bits": 3.5}, "bits cannot be spread over the layers of a rotated model yet: give whole bits"),
         ({"scheme": "fp8-dynamic"}, "'rotate' does not go with the scheme fp8-dynamic"),
     ],
 )

@@ -85,7 +85,7 @@ def test_the_scaled_model_computes_what_the_model_did(name: str, tmp_path: Path)
     network = calibrate.network(source, calibrate.Where(dtype="F32"))
     windows = list(torch.randint(3, 300, (4, 48), generator=torch.Generator().manual_seed(1)))
     transposed = {tensor for tensor, layer in plan.layers.items() if layer.linear.transposed}
-    with ScaledRewriting(Quantizing(recipe, plan), plan, network, Kept(), transposed) as visitor:
+    with ScaledRewriting(Quantizing(recipe, plan), network, Kept(), transposed) as visitor:
         calibrate.walk(network, windows, visitor)
         visitor.finish(plan.layers)
         scaled = {tensor: visitor.scaled_tensor(tensor).contiguous() for tensor in source.tensors}
@@ -125,6 +125,16 @@ def test_scales_bring_outputs_nearer_than_rounding_alone(model: Path, awq: Awq) 
     assert all(0 < entry["error_share"] <= 1 for entry in scaled.values())
     assert sum(entry["error_share"] < 1 for entry in scaled.values()) > 10
     assert all(0 < entry["output_error"] < 1 for entry in told.values())
+
+
+def test_every_scale_ends_at_its_best_for_the_codes(model: Path, awq: Awq, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["-b", "3", "-g", "32", "--no-sequential"]  # the first block's inputs are the same in both runs
+    fitted = report(awq(model, *flags, name="fitted"))
+    monkeypatch.setattr("quant.matrix.refit_scales", lambda weight, gram, added, found: found)
+    plain = report(awq(model, *flags, name="plain"))
+    first = [name for name in plain if ".layers.0." in name]
+    assert len(first) == 7
+    assert all(fitted[name]["output_error"] < plain[name]["output_error"] for name in first)
 
 
 def test_where_nothing_takes_a_scale_the_report_says_so(awq: Awq, tmp_path: Path) -> None:
