@@ -57,6 +57,11 @@ ROWS |= {
         "rotate+signround-batch-4": f"--method signround --batch 4 --rotate {CALIBRATED}",
     }.items()
 }
+LEARNED = f"--bits 2 --group-size 64 --batch 4 {CALIBRATED}"
+ROWS |= {
+    "signround-batch-4-2": f"--method signround {LEARNED}",
+    "awq+signround-symmetric-batch-4-2": f"--method awq+signround --symmetric {LEARNED}",
+}
 ROWS |= {f"gptq-{bits}": f"--method gptq --bits {bits} --group-size 64 {CALIBRATED}" for bits in ("3.5", "4.0")}
 ROWS |= {
     f"rotate+gptq-{bits}": f"--method gptq --rotate --bits {bits} --group-size 64 {CALIBRATED}"

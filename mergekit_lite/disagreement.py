@@ -48,6 +48,16 @@ def figures(base: Tensor, models: Sequence[Tensor], merged: Tensor) -> dict[str,
     return {key: round(value, 6) for key, value in told.items() if isfinite(value)}
 
 
+def kept(base: Tensor, exact: Tensor, rounded: Tensor) -> float | None:
+    """How far a rounded merge goes along the way from the base to the exact one, as a share: 1 where rounding loses
+    nothing on it, 0 where it leads back to the base; nothing where there is no way to go."""
+    origin = sample(base)
+    way = sample(exact) - origin
+    length = float(np.sum(way * way))
+    share = float(np.sum(way * (sample(rounded) - origin))) / length if length else None
+    return None if share is None or not isfinite(share) else round(share, 6)
+
+
 def sample(tensor: Tensor) -> np.ndarray:
     """The same places of every tensor of a shape, as float64 [at most RUNS * RUN]."""
     flat = tensor.detach().contiguous().reshape(-1)

@@ -1,7 +1,7 @@
 """A merge from its plan to what is told of it: shown, or carried out; the same for every kind of merge."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from wtool.plan import Plan
 
     from .recipe import MergeRecipe
+
+KEPT = 0.9  # share of a merge's change below which rounding is warned of
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,27 @@ def run(make: "Callable[..., Plan]", plan: "Plan", job: Job) -> None:
     total = sum(info.nbytes for info in plan.outputs.values())
     with console.progress("merging", total, quiet=job.quiet) as advance:
         outcome = carry_out(job)(make, plan, job.output, progress=advance)
+    if (lost := _lost_to_rounding(job.output)) is not None:
+        console.warn(lost)
+        plan = replace(plan, warnings=[*plan.warnings, lost])
     tell(plan, outcome, job, time.perf_counter() - start, plan.about)
+
+
+def _lost_to_rounding(output: Path) -> str | None:
+    """A warning where rounding to the nearest took much of what a merge changed."""
+    import json
+    from statistics import median
+
+    from wtool.writer import MANIFEST
+
+    report = json.loads((output / MANIFEST).read_bytes()).get("report", {})
+    shares = [entry["kept"] for entry in report.values() if "kept" in entry]
+    if not shares or median(shares) >= KEPT:
+        return None
+    return (
+        f"rounding to 16 bits left {median(shares):.0%} of what the merge changes (the median of {len(shares)} "
+        "matrices): most changes are smaller than a step; --rounding stochastic keeps all of it, in the mean"
+    )
 
 
 def tell(plan: "Plan", outcome: "Outcome", job: Job, seconds: float, about: Mapping[str, Any]) -> None:

@@ -18,13 +18,14 @@ from wtool.plan import Step, Told
 from wtool.rounding import stochastic
 
 from .arithmetic.random_mask import mask_key
-from .disagreement import figures
+from .disagreement import LEAST, figures, kept
 from .methods.table import Method, Parameter
 from .parameters import resolve
 from .roles import Entry, Mix
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+MOST_EXACT = 1 << 22  # weights of a matrix that is made in float32 first, to tell what rounding to 16 bits loses of it
 MAX_LISTED = 5  # tensors named one by one in a list of problems
 
 
@@ -147,16 +148,20 @@ class Steps:
     ) -> Step:
         mix, name = wanted.mix, wanted.name
         info = TensorInfo(self.dtype or promote([info.dtype for info in infos]), infos[0].shape)
-        at_random = self.rounding == "stochastic" and info.dtype in ("BF16", "F16")
-        made = torch.float32 if at_random else torch_dtype(info.dtype)
+        short, size = info.dtype in ("BF16", "F16"), prod(info.shape)
+        at_random = short and self.rounding == "stochastic"
+        exact = short and not at_random and mix.base is not None and LEAST <= size <= MOST_EXACT
+        exact = exact and all(info.dtype != "F64" for info in infos)  # which float32 would round first
+        made = torch.float32 if at_random or exact else torch_dtype(info.dtype)
         function: Callable[..., Tensor | Told]
         function = partial(_call, mix.row, mix.base is not None, self._arguments(wanted, made))
         if mix.base is not None:
-            function = partial(_call_and_tell, function, name)
+            function = partial(_call_and_tell, function, name, torch_dtype(info.dtype) if exact else None)
         if axis is not None and self.vocabulary is not None:
             step = self._aligned(self.vocabulary, name, reads, info, function, axis)
         else:
             step = Step(tuple(reads), {name: info}, function)
+        step = replace(step, scratch=step.scratch + 4 * size) if exact else step
         return self._rounded(step, name) if at_random else step
 
     def _rounded(self, step: Step, name: str) -> Step:
@@ -258,10 +263,16 @@ def _call(method: Method, based: bool, arguments: Mapping[str, Any], *tensors: T
     return method.function(tensors, **arguments)
 
 
-def _call_and_tell(call: Callable[..., Tensor], name: str, *tensors: Tensor) -> Told:
-    """With figures for the report, of a method that has a base."""
-    merged = call(*tensors)
+def _call_and_tell(call: Callable[..., Tensor], name: str, dtype: torch.dtype | None, *tensors: Tensor) -> Told:
+    """With figures for the report, of a method that has a base.
+
+    dtype: that the result is to have, if it is not made in it
+    """
+    exact = call(*tensors)
+    merged = exact if dtype is None else exact.to(dtype)
     told = figures(tensors[0], tensors[1:], merged)
+    if told and dtype is not None and (share := kept(tensors[0], exact, merged)) is not None:
+        told["kept"] = share
     return Told((merged,), {name.removesuffix(".weight"): told} if told else {})
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ class Case:
     ours: dict[str, Any] = field(
         default_factory=dict
     )  # parameters that mergekit does not have: then it is wtool's alone
+    rounding: str = ""  # as the recipe has it, which mergekit does not: the same
 
     @property
     def shared(self) -> bool:
-        return not self.ours
+        return not self.ours and not self.rounding
 
     def recipe(self, base: Path, experts: Sequence[Path]) -> str:
         """In mergekit's YAML (JSON is YAML)."""
@@ -31,6 +32,8 @@ class Case:
         if self.method in ("nearswap", "arcee_fusion", "slerp"):  # the base is one of the two that are merged
             origin, models = experts[0], models[1:] if self.method != "slerp" else models
         content: dict[str, Any] = {"merge_method": self.method, "models": models, "dtype": "bfloat16"}
+        if self.rounding:
+            content["rounding"] = self.rounding
         if self.has_base:
             content["base_model"] = str(origin)
         if parameters := self.parameters | self.ours:
@@ -75,3 +78,4 @@ CASES: list[Case] = [
     Case("nearswap, t 0.001 (two)", "nearswap", {"t": 0.001}, two=True),
     Case("arcee_fusion (two)", "arcee_fusion", two=True),
 ]
+CASES += [replace(case, name=f"{case.name}, stochastic", rounding="stochastic") for case in CASES]

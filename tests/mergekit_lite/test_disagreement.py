@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_lite.disagreement import LEAST, RUN, RUNS, figures, sample
+from mergekit_lite.disagreement import LEAST, RUN, RUNS, figures, kept, sample
 
 
 def matrices(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -41,6 +41,19 @@ def test_they_are_what_is_defined(dtype: torch.dtype) -> None:
         "untouched": 1 - sum(touched) / len(touched),
     }
     assert figures(base, models, merged) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_kept_by_definition() -> None:
+    base, (model, *_), _ = matrices(64, 64)
+    rounded = model.bfloat16()
+    way = [
+        (x - y, z - y)
+        for x, y, z in zip(*(each.double().flatten().tolist() for each in (model, base, rounded)), strict=True)
+    ]
+    expected = sum(a * b for a, b in way) / sum(a * a for a, _ in way)
+    assert kept(base, model, rounded) == pytest.approx(expected, abs=1e-6)
+    assert kept(base, model, model) == 1 and kept(base, model, base) == 0 and kept(base, base, base) is None
+    assert kept(base, model, 2 * base - model) == pytest.approx(-1, abs=1e-3)
 
 
 def test_opposite_and_equal_models() -> None:

@@ -41,6 +41,36 @@ def test_small_task_vectors_stay_in_the_mean(models: Path) -> None:
     assert torch.equal(found["v"], nearest["v"]), "what bfloat16 holds is not changed"
 
 
+def test_what_rounding_to_the_nearest_loses_is_told(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merged(models, "lost")
+    assert "rounding to 16 bits left 0% of what the merge changes (the median of 1 matrices)" in capsys.readouterr().err
+    merged(models, "kept", "--rounding", "stochastic")
+    merged(models, "longer", "--dtype", "float32")
+    merged(models, "whole", "--weight", "10", "--weight", "0")  # a's 0.1 of a step becomes one: nothing is lost
+    assert "rounding" not in capsys.readouterr().err
+    report = json.loads((models / "whole" / "wtool.json").read_text())["report"]
+    assert report["w"]["kept"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "model_stock", "della_linear"])
+def test_telling_changes_no_byte(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.Generator().manual_seed(1)
+    base = torch.randn(80, 70, generator=made)
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        moved = base + 0.003 * torch.randn(80, 70, generator=made) * (name != "base")
+        save_file({"w": moved.bfloat16()}, tmp_path / name / "model.safetensors")
+    asked = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(tmp_path / "base"), "-m", method]
+    assert run([*asked, "-o", str(tmp_path / "told")]) == 0
+    monkeypatch.setattr("mergekit_lite.steps.MOST_EXACT", 0)
+    assert run([*asked, "-o", str(tmp_path / "untold")]) == 0
+    told, untold = (load_file(tmp_path / name / "model.safetensors")["w"] for name in ("told", "untold"))
+    assert torch.equal(told, untold)
+    reports = [json.loads((tmp_path / name / "wtool.json").read_text())["report"]["w"] for name in ("told", "untold")]
+    assert 0 < reports[0].pop("kept") < 1.5 and reports[0] == reports[1]
+
+
 def test_the_seed_decides(models: Path) -> None:
     first = merged(models, "first", "--rounding", "stochastic", "--workers", "1")
     again = merged(models, "again", "--rounding", "stochastic", "--workers", "3")

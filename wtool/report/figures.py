@@ -30,6 +30,7 @@ class Linear:
     moved: float | None = None  # merges: ||model - base|| / ||base||, the root of the mean square over the models
     change: float | None = None  # merges: ||merged - base|| / ||base||
     untouched: float | None = None  # merges: of the weights that a model moved the share left at the base, in [0, 1]
+    kept: float | None = None  # merges: how far it is along the way from the base to what it is before it is rounded
     conflict: float | None = None  # merges: share of the weights on whose sign the task vectors disagree, in [0, 1]
     cosine: float | None = None  # merges: the mean over the pairs of task vectors, in [-1, 1]
 
@@ -115,6 +116,7 @@ def _linear(module: str, entry: Mapping[str, Any]) -> Linear:
         moved=_number(entry.get("moved")),
         change=_number(entry.get("change")),
         untouched=_number(entry.get("untouched")),
+        kept=_number(entry.get("kept")),
         conflict=_number(entry.get("conflict")),
         cosine=_number(entry.get("cosine")),
     )

@@ -57,6 +57,7 @@ def worst_table(found: Sequence[Linear]) -> str:
         "moved",
         "change",
         "untouched",
+        "kept",
     )
     return f"<section><h2>{title}</h2>{_table(first, columns)}</section>"
 
@@ -119,6 +120,7 @@ def _cells(each: Linear) -> dict[str, str | None]:
         "moved": _figure(each.moved),
         "change": _figure(each.change),
         "untouched": None if each.untouched is None else f"{each.untouched:.1%}",
+        "kept": None if each.kept is None else f"{each.kept:.1%}",
         "zeros": None if each.sparsity is None else f"{each.sparsity:.1%}",
         "rank": None if each.rank is None else f"{each.rank:,}",
         "bits": None if each.bits is None else str(each.bits),
