@@ -4,8 +4,9 @@
         [--mergekit PATH/TO/mergekit-yaml] [--cases REGEX] [--folder bench-merge-quality] [--json RESULTS]
 
 BASE is what the experts were fine-tuned from; DIR/bible.txt and so on are texts that nothing was trained on. Both tools
-read the same recipe; both outputs are evaluated by `wtool.evaluate`, in float32, on the first tokens of each text. With
---json what was measured is kept, and what is there is not measured again.
+read the same recipe (those that round at random are wtool's alone); both outputs are evaluated by `wtool.evaluate`, in
+float32, on the first tokens of each text. With --json what was measured is kept, and what is there is not measured
+again.
 """
 
 import argparse

@@ -25,7 +25,7 @@ from .roles import Entry, Mix
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-MOST_EXACT = 1 << 22  # weights of a matrix that is made in float32 first, to tell what rounding to 16 bits loses of it
+MOST_EXACT = 1 << 20  # weights of a matrix that is made in float32 first, to tell what rounding to 16 bits loses of it
 MAX_LISTED = 5  # tensors named one by one in a list of problems
 
 
