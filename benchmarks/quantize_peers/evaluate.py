@@ -33,13 +33,15 @@ class Divergence:
 
 
 def held_out_windows(model: Path, texts: Path) -> dict[str, Tensor]:
-    """Token ids [windows, length] of every text in a folder."""
+    """Token ids [windows, length] of every text in a folder; each window begins with what begins a text."""
     tokenizer = AutoTokenizer.from_pretrained(model)
+    begin = tokenizer("")["input_ids"]
     found: dict[str, Tensor] = {}
     for path in sorted(texts.glob("*.txt")):
         ids = torch.tensor(tokenizer(path.read_text(), add_special_tokens=False)["input_ids"])
         starts = [i * (len(ids) - LENGTH) // (WINDOWS - 1) for i in range(WINDOWS)]
-        found[path.stem] = torch.stack([ids[start : start + LENGTH] for start in starts])
+        rows = [torch.tensor([*begin, *ids[start : start + LENGTH].tolist()])[:LENGTH] for start in starts]
+        found[path.stem] = torch.stack(rows)
     return found
 
 
