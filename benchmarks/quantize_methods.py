@@ -29,7 +29,12 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 sys.path.append(str(PEERS))
-from evaluate import held_out_windows, hidden_states, reference_states  # pyright: ignore[reportMissingImports]
+from evaluate import (  # pyright: ignore[reportMissingImports]
+    held_out_windows,
+    hidden_states,
+    looked_at,
+    reference_states,
+)
 
 from wtool.checkpoint import open_checkpoint
 from wtool.loading import load_model
@@ -139,10 +144,12 @@ class Judge:
         return {text: self._on(model, ids, self.states[text]) for text, ids in self.windows.items()}
 
     def _on(self, model: PreTrainedModel, ids: Tensor, states: Tensor) -> dict[str, float]:
-        kl = loss = 0.0
+        kl, loss, places = 0.0, 0.0, looked_at(self.full)
         for row, full in zip(ids, states, strict=True):
-            exact, ours = self._logs(self.full, full), self._logs(model, hidden_states(model, row))
-            loss -= ours[:-1].gather(1, row[1:, None]).mean().item()
+            exact = self._logs(self.full, full[places])
+            ours = self._logs(model, hidden_states(model, row)[places])
+            following = row[1:][places, None]
+            loss -= ours[: len(following)].gather(1, following).mean().item()
             kl += exact.exp().mul_(exact.sub_(ours)).sum(1).mean().item()
         return {"kl": kl / len(ids), "ppl": float(torch.tensor(loss / len(ids)).exp())}
 

@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 WINDOWS, LENGTH = 8, 512  # of each text, spread evenly over it
+LARGE = 65536  # tokens; of a vocabulary so many times as large, one position of so many is looked at
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,19 @@ def reference_states(model: PreTrainedModel, windows: dict[str, Tensor], beside:
     return torch.load(path)
 
 
+def looked_at(model: PreTrainedModel) -> slice:
+    """The positions of a window where distributions are compared: all, or evenly spread over it."""
+    return slice(None, None, max(1, model.get_parameter("lm_head.weight").shape[0] // LARGE))
+
+
 def divergence(model: PreTrainedModel, ids: Tensor, reference: Tensor) -> Divergence:
-    """Over every position of every window [windows, length]; perplexity over all but each window's first token."""
+    """Over every window [windows, length]; perplexity of the tokens that follow what is looked at."""
     head: nn.Module = model.get_submodule("lm_head")
-    kl, loss = 0.0, 0.0
+    kl, loss, places = 0.0, 0.0, looked_at(model)
     for row, states in zip(ids, reference, strict=True):
-        ours, full = (log_softmax(head(each), dim=-1) for each in (hidden_states(model, row), states))
-        loss -= ours[:-1].gather(1, row[1:, None]).mean().item()
+        ours, full = (log_softmax(head(each[places]), dim=-1) for each in (hidden_states(model, row), states))
+        following = row[1:][places, None]
+        loss -= ours[: len(following)].gather(1, following).mean().item()
         kl += full.exp().mul_(full.sub_(ours)).sum(1).mean().item()
     return Divergence(kl / len(ids), float(torch.tensor(loss / len(ids)).exp()))
 
