@@ -10,6 +10,7 @@ from wtool.console import parse_size
 from wtool.dtypes import torch_dtype
 from wtool.errors import UsageError
 from wtool.formats import Scheme
+from wtool.formats.scheme import EXPERTS
 from wtool.grid import BITS, Grid
 from wtool.linear_names import LAYER
 from wtool.recipe_parts import fits
@@ -151,14 +152,22 @@ def _tokens(inputs: Mapping[str, Input]) -> int:
 
 
 def _groups(recipe: QuantRecipe, layers: Sequence[Layer]) -> list[list[int]]:
-    """Layers that the target computes as one, where all of them are free; any other alone."""
+    """Layers that are decoded or computed as one, where all of them are free; any other alone.
+
+    For vLLM these are the experts of a block, and what it fuses; for transformers, and unless told, all experts.
+    """
     number = {layer.linear.module: i for i, layer in enumerate(layers)}
-    together: list[list[int]] = []
-    for module in number if recipe.target == "vllm" else ():
+    for_vllm = recipe.target == "vllm"
+    experts: dict[str, list[int]] = {}
+    for module, i in number.items():
+        if block := EXPERTS.match(module):
+            experts.setdefault(block[1] if for_vllm else "", []).append(i)
+    together = list(experts.values())
+    for module in number if for_vllm else ():
         parent, _, own = module.rpartition(".")
         for names in FUSED:
             members = [f"{parent}.{name}" for name in names]
-            if own == names[0] and all(member in number for member in members):
+            if own == names[0] and not EXPERTS.match(module) and all(member in number for member in members):
                 together.append([number[member] for member in members])
     taken = {i for group in together for i in group}
     return together + [[i] for i in range(len(layers)) if i not in taken]

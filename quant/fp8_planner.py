@@ -21,7 +21,7 @@ from .card import model_card
 from .fp8 import fp8
 from .planner import QuantPlan, as_stored, output_config, source_warnings, stored_dtype
 from .recipe import OF_FP8, QuantRecipe
-from .targets import fp8_problems, unopened
+from .targets import fp8_problems, unopened_fp8
 
 
 def plan_fp8(
@@ -48,7 +48,7 @@ def plan_fp8(
     unfitting = [(name, unfit(recipe.format, linear.shape, scheme.blocks)) for name, linear in layers.items()]
     problems = [f"'{name}': {why}" for name, why in unfitting if why]
     problems += fp8_problems(recipe, scheme, {linear.module: linear.shape for linear in layers.values()})
-    odd = unopened(recipe, layers.values())
+    odd = unopened_fp8(recipe, layers.values())
     problems += [f"transformers: {line}" for line in odd if recipe.target == "transformers"]
     record = recipe.model_dump(mode="json", exclude_none=True, include=OF_FP8)
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}

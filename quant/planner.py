@@ -105,7 +105,8 @@ def plan_quantize(
     problems = [f"'{tensor}': {reason}" for tensor, reason in _unfit(layers)]
     if not FORMATS[recipe.format].mixed and len({layer.scheme for layer in layers.values()}) > 1:
         problems.append(f"{recipe.format} has one grid for all layers: leave out what asks for others, or ignore those")
-    problems += target_problems(recipe, {layer.linear.module: layer for layer in layers.values()})
+    modules = {layer.linear.module: layer for layer in layers.values()}
+    problems += target_problems(recipe, modules)
     record = recipe.model_dump(mode="json", exclude_none=True)
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}
     files["README.md"] = model_card(record, source, [layer.scheme for layer in layers.values()]).encode()
@@ -121,7 +122,7 @@ def plan_quantize(
         warnings=[
             *source_warnings(recipe, source),
             *rotation_warnings(source, steps),
-            *unopened(recipe, (layer.linear for layer in layers.values())),
+            *unopened(recipe, modules),
         ],
         about={"left": left, "summary": _summary(source, steps, layers), **rotation_told(recipe, source)},
         work=_work(recipe, source, steps),

@@ -250,6 +250,8 @@ class QuantRecipe(BaseModel):
             raise UsageError(f"target size {self.target_size} and bits {self.bits}: give one of them")
         if self.format != "compressed-tensors":
             raise UsageError(f"{asked} gives layers grids of their own: take the format compressed-tensors")
+        if self.target == "transformers" and not self.symmetric:
+            raise UsageError(f"{asked} gives layers grids of their own; transformers opens only --symmetric ones")
         for entry in self.overrides:
             if entry.bits is None:
                 raise UsageError(f"the override for '{entry.filter}' has no bits, which it needs beside {asked}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wtool.formats import Scheme, Shape
 from wtool.formats.fp8 import Fp8
+from wtool.formats.scheme import EXPERTS
 from wtool.grid import Grid
 from wtool.linear_names import LinearLayer
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from .planner import Layer
 
 NO_CONV1D = "is a Conv1D, and transformers opens a quantized one with random weights or not at all"
+ONE_FOR_EXPERTS = "is an expert of another grid than the first, by which transformers decodes all, and says nothing"
+NO_ZEROS = {
+    "experts": "is an expert with zeros, and transformers does not open these (--symmetric)",
+    "mixed": "has zeros, and transformers does not open these where layers have several grids (--symmetric)",
+}
 
 # Layers that runtimes compute as one, so that they must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
@@ -35,10 +41,20 @@ def problems(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> list[str]:
     return found
 
 
-def unopened(recipe: QuantRecipe, linears: Iterable[LinearLayer]) -> list[str]:
-    """What transformers, which most would try, opens wrongly and says little about."""
+def unopened(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> list[str]:
+    """What transformers, which most would try, opens wrongly or not at all: a line for each rule."""
+    if recipe.format != "compressed-tensors" or recipe.target is not None:  # of a target, all problems are told
+        return []
+    first: dict[str, str] = {}
+    for name, rule in _unpacked(layers):
+        first.setdefault(rule, name)
+    return [f"'{name}' {rule}" for rule, name in first.items()]
+
+
+def unopened_fp8(recipe: QuantRecipe, linears: Iterable[LinearLayer]) -> list[str]:
+    """The same of FP8."""
     turned = [linear.module for linear in linears if linear.transposed]
-    return [f"'{turned[0]}' {NO_CONV1D}"] if turned and recipe.format in ("compressed-tensors", "fp8") else []
+    return [f"'{turned[0]}' {NO_CONV1D}"] if turned else []
 
 
 def fp8_problems(recipe: QuantRecipe, scheme: Fp8, shapes: Mapping[str, Shape]) -> list[str]:
@@ -81,15 +97,29 @@ def _vllm(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[
             share = f" on each of {parallel} devices" if parallel > 1 else ""
             yield name, f"has {inputs} inputs, which groups of {grid.group_size} do not divide{share}"
     yield from _unlike(layers)
+    yield from _unlike_experts(layers)
 
 
 def _transformers(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
     if recipe.format.startswith("gptq"):  # it reads them through GPTQModel
         yield from _gptqmodel(recipe, layers)
     if recipe.format == "compressed-tensors":
-        for name, layer in layers.items():
-            if layer.linear.transposed:
-                yield name, NO_CONV1D
+        yield from _unpacked(layers)
+
+
+def _unpacked(layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    """What transformers 5.24 with compressed-tensors 0.20 does not unpack, or does wrongly."""
+    several = len({layer.scheme for layer in layers.values()}) > 1
+    of_experts: Scheme | None = None
+    for name, layer in layers.items():
+        if layer.linear.transposed:
+            yield name, NO_CONV1D
+        expert = EXPERTS.match(name) is not None
+        if not layer.scheme.grid.symmetric and (expert or several):
+            yield name, NO_ZEROS["experts" if expert else "mixed"]
+        of_experts = layer.scheme if expert and of_experts is None else of_experts
+        if expert and layer.scheme != of_experts:
+            yield name, ONE_FOR_EXPERTS
 
 
 def _gptqmodel(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
@@ -120,6 +150,16 @@ def _unlike(layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
                     partner = re.sub(rf"{alike[0]}$", other, name)
                     if _scheme(layers, partner) != layer.scheme:
                         yield name, f"and '{partner}' are computed as one, but are not stored alike"
+
+
+def _unlike_experts(layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
+    """Experts of one block that are stored unlike."""
+    first: dict[str, str] = {}
+    for name, layer in layers.items():
+        if block := EXPERTS.match(name):
+            other = first.setdefault(block[1], name)
+            if layer.scheme != layers[other].scheme:
+                yield name, f"and '{other}' are experts of one block, but are not stored alike"
 
 
 def _scheme(layers: "Mapping[str, Layer]", name: str) -> Scheme | Grid | None:

@@ -235,8 +235,20 @@ def test_experts(text: Path, tmp_path: Path) -> None:
     saved_family("mixtral", tmp_path / "model")
     flags = ["-g", "16", "-b", "3.5", "--calib", str(text), *CALIBRATION, "--quiet"]
     assert run(["quantize", str(tmp_path / "model"), *flags, "-o", str(tmp_path / "out")]) == 0
-    assert any("experts" in name for name in bits(tmp_path / "out"))
-    assert len(set(bits(tmp_path / "out").values())) > 1
+    chosen = bits(tmp_path / "out")
+    assert len({given for name, given in chosen.items() if "experts" in name}) == 1  # as transformers decodes them
+    assert len(set(chosen.values())) > 1
+
+
+def test_vllm_gets_experts_alike_in_each_block(text: Path, tmp_path: Path) -> None:
+    saved_family("mixtral", tmp_path / "model", num_hidden_layers=3)
+    flags = ["-g", "16", "-b", "6.0", "--target", "vllm", "--calib", str(text), *CALIBRATION, "--quiet"]
+    assert run(["quantize", str(tmp_path / "model"), *flags, "-o", str(tmp_path / "out")]) == 0
+    of_blocks = [
+        {given for name, given in bits(tmp_path / "out").items() if f"layers.{layer}.block_sparse_moe" in name}
+        for layer in range(3)
+    ]
+    assert all(len(found) == 1 for found in of_blocks) and len(set.union(*of_blocks)) == 2
 
 
 def test_patterns_fit_their_modules_and_no_others() -> None:

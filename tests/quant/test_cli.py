@@ -15,7 +15,7 @@ from killing import contents
 from safetensors.torch import load_file, save_file
 from tiny_models import llama, saved, tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM
 
 from wtool.checkpoint import open_checkpoint
 from wtool.cli import run
@@ -58,10 +58,8 @@ def ids() -> Tensor:
 @pytest.mark.parametrize("kind", ["--symmetric", "--asymmetric"])
 def test_transformers_reads_what_was_written(model: Path, quantize: Quantize, bits: int, kind: str) -> None:
     out = quantize(model, "-b", str(bits), kind, "--dtype", "float32")
-    # transformers 5.23 with compressed-tensors 0.20 opens asymmetric checkpoints, their own too, only to unpack them
-    unpacked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "asym" in kind else {}
     with quiet(), torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **unpacked)(input_ids=ids()).logits
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=ids()).logits
     torch.testing.assert_close(own_logits(out, ids()), theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -286,6 +284,11 @@ def test_a_plan_is_shown_from_headers_alone(hub: HubServer, model: Path, capsys:
         (["--target", "vllm", "--layer-bits", "k_proj=8"], 3, "are computed as one, but are not stored alike"),
         (["--target", "vllm", "--tensor-parallel", "4"], 3, "do not divide on each of 4 devices"),
         (["--target", "autogptq"], 3, "autogptq does not read compressed-tensors"),
+        (
+            ["--target", "transformers", "--asymmetric", "-b", "3.5"],
+            2,
+            "transformers opens only --symmetric ones",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_line(
@@ -311,6 +314,46 @@ def test_a_conv1d_that_transformers_would_not_fill_is_told(
     assert f"warning: {told}" in capsys.readouterr().out
     assert run([*plan, "--target", "transformers"]) == 3
     assert f"transformers: {told}" in capsys.readouterr().out
+
+
+ZEROS = "'model.layers.0.mlp.experts.0.down_proj' is an expert with zeros"
+OTHERS = "'model.layers.0.mlp.experts.0.gate_proj' is an expert of another grid than the first"
+MIXED = "'model.layers.0.mlp.down_proj' has zeros, and transformers does not open these where layers have several grids"
+UNLIKE = "and 'model.layers.0.mlp.experts.0.down_proj' are experts of one block, but are not stored alike"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [
+        ("qwen3_moe", ["--asymmetric"], {"transformers": ZEROS}),
+        ("qwen3_moe", ["--layer-bits", "down_proj=8"], {"transformers": OTHERS, "vllm": UNLIKE}),
+        ("llama", ["--asymmetric", "--layer-bits", "down_proj=8"], {"transformers": MIXED}),
+        ("qwen3_moe", ["--layer-bits", "self_attn=8"], {}),
+    ],
+)
+def test_grids_that_runtimes_do_not_open_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: list[str], told: dict[str, str]
+) -> None:
+    saved_family(name, tmp_path / "model")
+    plan = ["quantize", str(tmp_path / "model"), "-m", "rtn", "-g", "8", *flags, "--dry-run"]
+    assert run(plan) == 0
+    warned = capsys.readouterr().out
+    assert (f"warning: {told['transformers']}" in warned) if told else "transformers" not in warned
+    for target in ("transformers", "vllm"):
+        assert run([*plan, "--target", target]) == (3 if target in told else 0)
+        found = capsys.readouterr().out
+        assert target not in told or told[target] in found
+
+
+def test_experts_of_a_grid_of_their_own_open_in_transformers(tmp_path: Path) -> None:
+    """It decodes all experts by the first of the configuration's groups, whatever that names."""
+    saved_family("deepseek_v3", tmp_path / "model")
+    out = tmp_path / "out"
+    grids = ["-g", "-1", "--layer-bits", "experts.=8", "--dtype", "float32"]
+    assert run(["quantize", str(tmp_path / "model"), "-m", "rtn", *grids, "-o", str(out), "--quiet"]) == 0
+    with quiet(), torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(input_ids=ids()).logits
+    torch.testing.assert_close(own_logits(out, ids()), theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from wtool.dtypes import TensorInfo
 from wtool.errors import QuantizedInput
 from wtool.formats.bits import pack, signed, unpack, unsigned, words
-from wtool.formats.scheme import Format, Scheme, Shape, entry, pattern
+from wtool.formats.scheme import EXPERTS, Format, Scheme, Shape, entry, pattern
 from wtool.grid import Grid, Quantized
 
 if TYPE_CHECKING:
@@ -82,11 +82,15 @@ class CompressedTensors(Format):
         members: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             members.setdefault(scheme, []).append(name)
+        # transformers 5 decodes all experts by the first group
+        ranked = sorted(members, key=lambda scheme: not any(map(EXPERTS.match, members[scheme])))
         # vLLM tries classes before the parts of a fused layer, so with several groups none is named
-        targets = list(members.values()) if len(members) > 1 else [["Linear"]]
-        groups = zip(members, targets, strict=True)
+        groups = [(scheme, members[scheme] if len(members) > 1 else ["Linear"]) for scheme in ranked]
+        # transformers 5 opens zeros only to decode them, and decodes linears (but experts) by one group alone
+        decoded = {} if len(members) > 1 or groups[0][0].grid.symmetric else {"dequantize": True}
         return {
             "quant_method": METHOD,
+            **decoded,
             "format": PACKED,
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": _group(scheme, names) for i, (scheme, names) in enumerate(groups)},

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int]  # of a weight: outputs, inputs
 
+EXPERTS = re.compile(r"^(.*\.experts)\.\d+\.")  # the part of a layer's name that all experts of its block share
+
 
 @dataclass(frozen=True)
 class Scheme:
