@@ -1,11 +1,12 @@
 """What each way to quantize costs a model: bits per weight, divergence on held-out texts, time and memory.
 
     python benchmarks/quantize_peers/texts.py MODEL SHAKESPEARE TEXTS     # once
-    python benchmarks/quantize_methods.py MODEL TEXTS [--llmcompressor PYTHON] [--gptqmodel PYTHON]
+    python benchmarks/quantize_methods.py MODEL TEXTS [--llmcompressor PYTHON] [--gptqmodel PYTHON] [--autoround PYTHON]
         [--only NAME,NAME] [--seed 0] [--folder bench-methods] --json RESULTS
 
-Each row is a command line of wtool, or a peer's AWQ. The results are added to after each row; rows that they have are
-skipped, so a stopped run goes on by the same command. Models are opened by wtool in float32, in whatever format they
+Each row is a command line of wtool, a peer's AWQ, or auto-round with 50 steps of 4 windows, as our rows of batch 4
+have. The results are added to after each row; rows that they have are skipped, so a stopped run goes on by the same
+command. Models are opened by wtool in float32, in whatever format they
 are, and their next-token distributions compared with the full model's on the windows that benchmarks/quantize.py takes.
 Bits are of the blocks' linears, with scales, zeros and indices; bytes are of all weight files. All rows have 32 x 512
 calibration tokens and, but for GGUF's own types, groups of 64.
@@ -82,6 +83,10 @@ ROWS |= {f"{kind}-importances": f"--format gguf --type {kind} --stats {{stats}}"
 PEER_ROWS = {
     "llmcompressor-awq-4": ("llmcompressor", "run_llmcompressor.py {model} {out} {ids} 4 64 auto awq"),
     "gptqmodel-awq-4": ("gptqmodel", "run_gptqmodel.py {model} {out} {ids} 4 64 bfloat16 awq"),
+}
+PEER_ROWS |= {
+    f"autoround-{bits}": ("autoround", f"run_autoround.py {{model}} {{out}} {{ids}} {bits} 64 50 4")
+    for bits in (4, 3, 2)
 }
 GGUF_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
 
@@ -174,6 +179,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="what quantize_peers/texts.py wrote")
     parser.add_argument("--llmcompressor", metavar="PYTHON")
     parser.add_argument("--gptqmodel", metavar="PYTHON")
+    parser.add_argument("--autoround", metavar="PYTHON")
     parser.add_argument("--only", help="some of the rows alone")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--folder", type=Path, default=Path("bench-methods"), help="for outputs and logs")
@@ -190,9 +196,10 @@ def main() -> None:
         out = arguments.folder / name
         shutil.rmtree(out, ignore_errors=True)
         usage = measure(command, out.with_suffix(".log"))
-        quality = judge.divergence(load_model(open_checkpoint(str(out)), dtype="F32"))
-        nbytes = sum(path.stat().st_size for kind in ("*.safetensors", "*.gguf") for path in out.glob(kind))
-        bits = linear_bits(out, judge.weights)
+        made = next(out.rglob("config.json"), out / "one.gguf").parent  # auto-round's is in a folder of its own
+        quality = judge.divergence(load_model(open_checkpoint(str(made)), dtype="F32"))
+        nbytes = sum(path.stat().st_size for kind in ("*.safetensors", "*.gguf") for path in made.glob(kind))
+        bits = linear_bits(made, judge.weights)
         found["rows"][name] = {"bits": bits, "bytes": nbytes, "usage": asdict(usage), "quality": quality}
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
         print_table({name: found["rows"][name]})
