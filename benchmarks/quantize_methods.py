@@ -6,10 +6,10 @@
 
 Each row is a command line of wtool, a peer's AWQ, or auto-round with 50 steps of 4 windows, as our rows of batch 4
 have. The results are added to after each row; rows that they have are skipped, so a stopped run goes on by the same
-command. Models are opened by wtool in float32, in whatever format they
-are, and their next-token distributions compared with the full model's on the windows that benchmarks/quantize.py takes.
-Bits are of the blocks' linears, with scales, zeros and indices; bytes are of all weight files. All rows have 32 x 512
-calibration tokens and, but for GGUF's own types, groups of 64.
+command. Models are opened by wtool in float32, in whatever format they are, and their next-token distributions compared
+with the full model's on the windows that benchmarks/quantize.py takes. Bits are of the blocks' linears, with scales,
+zeros and indices; bytes are of all weight files. All rows have 32 x 512 calibration tokens and, but for GGUF's own
+types, groups of 64.
 """
 
 import argparse
