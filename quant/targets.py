@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 NO_CONV1D = "is a Conv1D, and transformers opens a quantized one with random weights or not at all"
 ONE_FOR_EXPERTS = "is an expert of another grid than the first, by which transformers decodes all, and says nothing"
-NO_ZEROS = {
-    "experts": "is an expert with zeros, and transformers does not open these (--symmetric)",
-    "mixed": "has zeros, and transformers does not open these where layers have several grids (--symmetric)",
-}
+NO_ZEROS_IN_EXPERTS = "is an expert with zeros, and transformers does not open these (--symmetric)"
+NO_ZEROS_IN_SEVERAL = "has zeros, and transformers does not open these where layers have several grids (--symmetric)"
 
 # Layers that runtimes compute as one, so that they must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
@@ -116,7 +114,7 @@ def _unpacked(layers: "Mapping[str, Layer]") -> Iterator[tuple[str, str]]:
             yield name, NO_CONV1D
         expert = EXPERTS.match(name) is not None
         if not layer.scheme.grid.symmetric and (expert or several):
-            yield name, NO_ZEROS["experts" if expert else "mixed"]
+            yield name, NO_ZEROS_IN_EXPERTS if expert else NO_ZEROS_IN_SEVERAL
         of_experts = layer.scheme if expert and of_experts is None else of_experts
         if expert and layer.scheme != of_experts:
             yield name, ONE_FOR_EXPERTS
