@@ -26,6 +26,8 @@ from wtool.console import working_on
 from wtool.memory import give_back_freed_memory, keep_freed_memory
 from wtool.network import Block, Linear, Network
 
+LEAST = 1e-6  # mean square of a token, of the batch's, that its errors are told by; that of padding is 0
+
 
 class Fitter(Visitor[S], Protocol):
     """A visitor that fits a block's linears together."""
@@ -41,7 +43,7 @@ class Fitter(Visitor[S], Protocol):
     def fitted(self, block: Block, loss: float) -> None:
         """Called when the changed block has run.
 
-        loss: the mean squared error of its outputs over all batches
+        loss: the mean over all batches of the squared errors of its outputs, each as a share of its token's mean square
         """
         ...
 
@@ -84,8 +86,16 @@ class Lesson:
 
 
 def _error(output: Tensor, target: Tensor) -> Tensor:
-    """The sum of the squared errors of a batch."""
-    return (output.float() - target.to(output.device).float()).square().sum()
+    """The sum of a batch's squared errors, each as a share of its token's mean square.
+
+    What comes next is a norm, to which a token's length is nothing. Without the shares the few tokens that are hundreds
+    of times as long as others (Sun et al., "Massive Activations in Large Language Models", 2024,
+    https://arxiv.org/abs/2402.17762) would be nearly all that counts.
+    """
+    target = target.to(output.device).float()
+    lengths = target.square().mean(-1, keepdim=True)
+    least = LEAST * lengths.mean() + torch.finfo(torch.float32).tiny
+    return ((output.float() - target).square() / lengths.clamp_min(least)).sum()
 
 
 def _parameters(linears: Sequence[Linear]) -> list[str]:
