@@ -90,7 +90,7 @@ def _error(output: Tensor, target: Tensor) -> Tensor:
 
     What comes next is a norm, to which a token's length is nothing. Without the shares the few tokens that are hundreds
     of times as long as others (Sun et al., "Massive Activations in Large Language Models", 2024,
-    https://arxiv.org/abs/2402.17762) would be nearly all that counts.
+    https://arxiv.org/abs/2402.17762) would rule the sum.
     """
     target = target.to(output.device).float()
     lengths = target.square().mean(-1, keepdim=True)
