@@ -48,7 +48,7 @@ def plan_fp8(
     unfitting = [(name, unfit(recipe.format, linear.shape, scheme.blocks)) for name, linear in layers.items()]
     problems = [f"'{name}': {why}" for name, why in unfitting if why]
     problems += fp8_problems(recipe, scheme, {linear.module: linear.shape for linear in layers.values()})
-    odd = unopened_fp8(recipe, layers.values())
+    odd = unopened_fp8(layers.values())
     problems += [f"transformers: {line}" for line in odd if recipe.target == "transformers"]
     record = recipe.model_dump(mode="json", exclude_none=True, include=OF_FP8)
     files: dict[str, Any] = {name: path for name, path in source.files.items() if name != "README.md"}

@@ -49,7 +49,7 @@ def unopened(recipe: QuantRecipe, layers: "Mapping[str, Layer]") -> list[str]:
     return [f"'{name}' {rule}" for rule, name in first.items()]
 
 
-def unopened_fp8(recipe: QuantRecipe, linears: Iterable[LinearLayer]) -> list[str]:
+def unopened_fp8(linears: Iterable[LinearLayer]) -> list[str]:
     """The same of FP8."""
     turned = [linear.module for linear in linears if linear.transposed]
     return [f"'{turned[0]}' {NO_CONV1D}"] if turned else []
