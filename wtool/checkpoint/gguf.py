@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from wtool.checkpoint.base import Checkpoint, LazyFiles, TensorFile, TensorInfo
 from wtool.checkpoint.folder import Folder
 from wtool.checkpoint.gguf_families import ROPE_FREQS, config_of, family_of, hugging_face_name, llama3_rope
+from wtool.console import remark
 from wtool.dtypes import torch_dtype
 from wtool.errors import MalformedFile, QuantizedInput, RuntimeProblem
 
@@ -34,6 +35,7 @@ FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q"
 TEXT, ARRAY = 8, 9
 LONGEST_ARRAY = 4096  # elements; a longer one is a vocabulary, which only transformers' tokenizer needs
 PLAIN = {0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}  # ggml type -> dtype
+MANY_TOKENS = 100_000  # of which it takes transformers long to make a tokenizer: 262,144 took half a minute
 PAGE = mmap.PAGESIZE
 
 
@@ -256,12 +258,14 @@ def open_gguf(path: Path, label: str) -> Checkpoint:
     """Open a GGUF file as a checkpoint, with the config.json and the tokenizer files it stands for."""
     file = GGUFFile(path)
     has_tokenizer = "tokenizer.ggml.model" in file.header.metadata
-    files = LazyFiles(lambda: _tokenizer_files(path)) if has_tokenizer else {}
+    files = LazyFiles(lambda: _tokenizer_files(path, file.config["vocab_size"])) if has_tokenizer else {}
     return Folder(label, path, [file], file.config, files)
 
 
-def _tokenizer_files(path: Path) -> dict[str, Path]:
+def _tokenizer_files(path: Path, tokens: int) -> dict[str, Path]:
     """The tokenizer's files as transformers writes them, in a folder that is there as long as this process."""
+    if tokens > MANY_TOKENS:
+        remark(f"{path}: making a tokenizer of its {tokens:,} tokens; this takes a while")
     from transformers import AutoTokenizer
 
     folder = Path(tempfile.mkdtemp(prefix="wtool-tokenizer-"))

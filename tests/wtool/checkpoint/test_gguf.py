@@ -284,6 +284,21 @@ def test_the_tokenizer_and_its_chat_template(tmp_path: Path) -> None:
     assert files is checkpoint.files and files["tokenizer.json"].is_file()
 
 
+def test_a_large_vocabulary_is_told_of_when_its_tokenizer_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture, model = model_of("llama")
+    path = write_gguf(tmp_path / "tiny.gguf", architecture, model)
+    tokens = model.config.vocab_size
+    for most, told in ((tokens, ""), (tokens - 1, f"{path}: making a tokenizer of its {tokens:,} tokens")):
+        monkeypatch.setattr("wtool.checkpoint.gguf.MANY_TOKENS", most)
+        checkpoint = open_checkpoint(str(path))
+        assert not capsys.readouterr().err
+        assert checkpoint.files
+        written = capsys.readouterr()
+        assert not written.out and written.err.startswith(told) and bool(written.err) is bool(told)
+
+
 def test_opening_is_quick_about_tokenizer_and_torch(tmp_path: Path) -> None:
     """Only the header is read: neither torch nor transformers is imported, and no tokenizer is made."""
     architecture, model = model_of("llama")
