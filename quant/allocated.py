@@ -17,9 +17,10 @@ from wtool.recipe_parts import fits
 from wtool.statistics_folder import Input, Statistics
 
 from .allocate import Allocation, allocate, smallest
+from .gptq import Settings
 from .planner import Layer, QuantPlan, plan_quantize
-from .recipe import QuantRecipe
-from .sensitivity import losses
+from .recipe import METHODS, QuantRecipe
+from .sensitivity import CLIP, losses
 from .targets import FUSED
 from .targets import problems as target_problems
 
@@ -138,8 +139,14 @@ def _losses(
         stored.T if layer.linear.transposed else stored,
         statistics.matrices.read(met.linears[0]),
         [grid for grid, is_barred in zip(grids, barred, strict=True) if not is_barred],
-        scale_dtype=torch_dtype(layer.scale_dtype),
-        clip=recipe.clip,
+        settings=Settings(
+            torch_dtype(layer.scale_dtype),
+            damping=recipe.damping,
+            act_order=recipe.act_order,
+            static_groups=recipe.static_groups,
+            clip=CLIP if recipe.clip else None,
+        ),
+        compensating=METHODS[recipe.method].compensating,
         importance=statistics.squared_gradients(tensor),
     )
     base.plan.sources[0].forget(tensor)

@@ -97,6 +97,15 @@ def gptq(
     return gptq_stack([weight], [gram], grid, settings, None if cross is None else [cross])[0]
 
 
+def gptq_on(weight: Tensor, gram: Tensor, grids: Sequence[Grid], settings: Settings) -> list[Quantized]:
+    """The same on each of several grids, but for refinement: the Gram matrix is factored once."""
+    job = _prepared(weight, gram, None, settings)
+    if not isinstance(job, Job):
+        return [rtn(weight, grid, scale_dtype=settings.scale_dtype, clip=settings.clip) for grid in grids]
+    fitting = Fitting(settings.scale_dtype, settings.static_groups, settings.clip)
+    return [quantize([job], grid, fitting)[0] for grid in grids]
+
+
 def gptq_stack(
     weights: Sequence[Tensor],
     grams: Sequence[Tensor],

@@ -32,22 +32,38 @@ class Method:
     scaled: bool = False  # blocks are scaled first, which needs the text
     learned: bool = False  # by gradients through whole blocks, which needs the text
     asymmetric: bool = False  # the model as it was runs beside, which needs the text
+    compensating: bool = False  # the weights of a row make up for one another's errors
     symmetric: bool = True  # the grid, where none is asked for
 
 
 METHODS: dict[str, Method] = {
     "rtn": Method("round to the nearest code, checkpoint to checkpoint"),
-    "gptq": Method("column by column, later columns make up for the errors of earlier ones", calibrated=True),
+    "gptq": Method(
+        "column by column, later columns make up for the errors of earlier ones", calibrated=True, compensating=True
+    ),
     "gptaq": Method(
-        "gptq that aims at the outputs the linear had before anything was quantized", calibrated=True, asymmetric=True
+        "gptq that aims at the outputs the linear had before anything was quantized",
+        calibrated=True,
+        asymmetric=True,
+        compensating=True,
     ),
     "awq": Method("round inputs scaled up where activations are large", calibrated=True, scaled=True, symmetric=False),
     "signround": Method(
-        "codes and scales of a whole block learned by gradients of its outputs", calibrated=True, learned=True
+        "codes and scales of a whole block learned by gradients of its outputs",
+        calibrated=True,
+        learned=True,
+        compensating=True,
     ),
-    "awq+gptq": Method("the scales of awq, then gptq", calibrated=True, scaled=True, symmetric=False),
+    "awq+gptq": Method(
+        "the scales of awq, then gptq", calibrated=True, scaled=True, compensating=True, symmetric=False
+    ),
     "awq+signround": Method(
-        "the scales of awq, then signround", calibrated=True, scaled=True, learned=True, symmetric=False
+        "the scales of awq, then signround",
+        calibrated=True,
+        scaled=True,
+        learned=True,
+        compensating=True,
+        symmetric=False,
     ),
 }
 

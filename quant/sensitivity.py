@@ -1,6 +1,6 @@
 """What each grid would cost a matrix: the squared error of its outputs, as far as the model's answer hangs on them.
 
-With E what rounding to a grid takes from the weights and G the Gram matrix of the inputs, row r of E G Eᵀ has on its
+With E what a grid takes from the weights and G the Gram matrix of the inputs, row r of E G Eᵀ has on its
 diagonal the mean squared error of output r. To the second order the Kullback-Leibler divergence of the model's
 next-token distribution from what it was is ½ eᵀ F e, F the Fisher information of the outputs; of F its diagonal is
 taken, s[r] = the mean of g[r]², g the gradient by output r of log p(y) with y drawn from the model itself (`wtool.
@@ -12,7 +12,10 @@ Kronecker-factored Approximate Curvature", 2015, https://arxiv.org/abs/1503.0567
 is in nats per token, and can be added over matrices. Without gradients s is the same for all rows of a matrix, such
 that the loss is the share of its outputs' squares: a matrix counts as much as any other.
 
-Rounding alone stands for what GPTQ or AWQ will make of the matrix; its errors are larger, and in like proportion.
+E is of the method that will follow, as far as it goes by itself: of GPTQ where columns make up for one another's errors
+or rounding is learned, else of rounding. Rounding alone would not tell of GPTQ: where a few inputs are large (those of
+down_proj, whose first token may be hundreds of times as long as others), nearly all of its error is theirs, which the
+other columns make up for.
 """
 
 from collections.abc import Sequence
@@ -22,10 +25,11 @@ from torch import Tensor
 
 from wtool.grid import Clip, Grid
 
+from .gptq import Settings, gptq_on
 from .rtn import rtn
 
 ROWS = 256  # of a matrix, evenly spread, that stand for all
-CLIP = Clip(steps=4)
+CLIP = Clip(steps=4)  # coarser than what follows searches
 
 
 def losses(
@@ -33,15 +37,17 @@ def losses(
     gram: Tensor,
     grids: Sequence[Grid],
     *,
-    scale_dtype: torch.dtype,
-    clip: bool,
+    settings: Settings,
+    compensating: bool,
     importance: Tensor | None,
 ) -> list[float]:
     """The loss of each grid.
 
-    weight:     [out, in], of any float type
-    gram:       float32 [in, in], mean of x xᵀ over calibration tokens
-    importance: [out], mean squared gradient by each output, in nats²; None where it is not known
+    weight:       [out, in], of any float type
+    gram:         float32 [in, in], mean of x xᵀ over calibration tokens
+    settings:     of GPTQ; of rounding, the type of scales and the search for clips
+    compensating: the errors of GPTQ, not of rounding
+    importance:   [out], mean squared gradient by each output, in nats²; None where it is not known
 
     returns: at least 0, per token that comes to the matrix; in nats where importance is known, else as a share of the
              outputs' squares
@@ -52,9 +58,13 @@ def losses(
         weighting = torch.full((len(rows),), 1 / max(_squares(rows, gram).sum().item(), 1e-30))
     else:
         weighting = importance[chosen].float() * (0.5 * len(weight) / len(rows))
+    if compensating:
+        quantized = gptq_on(rows, gram, grids, settings)
+    else:
+        quantized = [rtn(rows, grid, scale_dtype=settings.scale_dtype, clip=settings.clip) for grid in grids]
     found: list[float] = []
-    for grid in grids:
-        off = rows - rtn(rows, grid, scale_dtype=scale_dtype, clip=CLIP if clip else None).values()
+    for each in quantized:
+        off = rows - each.values()
         found.append(max(0.0, float(_squares(off, gram).mul_(weighting).sum(dtype=torch.float64))))
     return found
 
