@@ -33,7 +33,8 @@ class Quantizing(Change[Gram]):
         return () if layer is None else layer.outputs.keys()
 
     def gather(self, features: int, device: torch.device) -> Gram:
-        return CrossGram(features, device) if METHODS[self.recipe.method].asymmetric else Gram(features, device)
+        kind = CrossGram if METHODS[self.recipe.method].asymmetric else Gram
+        return kind(features, device, lifted=self.recipe.lift)
 
     def site(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> Sequence[Made]:
         return [made_of(found) for found in self.found(tensors, weights, inputs_of(gathered))]

@@ -101,6 +101,9 @@ def quantize(
     ] = None,
     rotate_seed: Annotated[int | None, typer.Option(min=0, help="of the signs of those matrices [default: 0]")] = None,
     damping: Annotated[float | None, typer.Option(help="share of the mean diagonal to add [default: 0.01]")] = None,
+    lift: Annotated[
+        bool | None, typer.Option(help="count short tokens, as the first is, like one of usual length [default: yes]")
+    ] = None,
     act_order: Annotated[
         bool | None, typer.Option(help="columns in the order of their activations [default: yes]")
     ] = None,
@@ -167,6 +170,7 @@ def quantize(
         "rotate": None if rotate is None else "residual+values" if rotate else "none",
         "rotate_seed": rotate_seed,
         "damping": damping,
+        "lift": lift,
         "act_order": act_order,
         "static_groups": static_groups,
         "clip": clip,

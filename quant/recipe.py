@@ -126,6 +126,7 @@ class QuantRecipe(BaseModel):
     damping: float = Field(
         default=0.01, gt=0, le=1, description="share of the mean of the Gram matrix's diagonal to add to it"
     )
+    lift: bool = Field(default=True, description="tokens shorter than the median of their window count as if as long")
     act_order: bool = Field(default=True, description="columns in the order of their activations")
     static_groups: bool = Field(default=True, description="scales from the weights as they were")
     clip: bool = Field(default=True, description="search how much of each range to cover")

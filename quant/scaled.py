@@ -41,8 +41,8 @@ class Seen(Inputs):
 class GramAndSize(Gram):
     """A Gram matrix and the mean of |x|, as they grow."""
 
-    def __init__(self, features: int, device: torch.device):
-        super().__init__(features, device)
+    def __init__(self, features: int, device: torch.device, *, lifted: bool):
+        super().__init__(features, device, lifted=lifted)
         self._moments = Moments(features, device)
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
@@ -61,15 +61,15 @@ class GramAndSize(Gram):
 class Looking(Visitor[GramAndSize]):
     """Gathers the inputs of some linears, and changes nothing."""
 
-    def __init__(self, wanted: Collection[str]):
-        self._wanted = wanted
+    def __init__(self, wanted: Collection[str], *, lifted: bool):
+        self._wanted, self._lifted = wanted, lifted
 
     def written(self, block: Block) -> Read | None:
         return None
 
     def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> GramAndSize | None:
         wanted = any(linear.name in self._wanted for linear in linears)
-        return GramAndSize(features, device) if wanted else None
+        return GramAndSize(features, device, lifted=self._lifted) if wanted else None
 
     def site(self, site: Site[GramAndSize]) -> Mapping[Linear, Tensor]:
         return {}
@@ -85,6 +85,7 @@ class ScaledRewriting(Rewriting[Gram]):
         turned = {each.name for block in network.blocks for each in block.linears if each.slot.transposed}
         super().__init__(change, network, output, {*transposed, *turned})
         self._plan = plan = change.plan
+        self._lifted = change.recipe.lift
         outputs = plan.plan.outputs
         self._dtypes = {name: torch_dtype(outputs[name].dtype) for name in plan.walked}  # of what is written plain
         self._feeds: dict[Any, list[Feed]] = {}  # by kind of block
@@ -97,7 +98,7 @@ class ScaledRewriting(Rewriting[Gram]):
     def prepare(self, forward: Forward, sites: Sites) -> Read | None:
         found = self.chains_of(forward)
         wanted = {taker.tensor for chain in found for taker in chain.takers if taker.tensor in self._plan.layers}
-        gathered = gathered_inputs(replace(forward, visitor=Looking(wanted)), sites)
+        gathered = gathered_inputs(replace(forward, visitor=Looking(wanted, lifted=self._lifted)), sites)
         seen: dict[str, Seen] = {}
         for site in gathered.sites():
             met = site.gathered.seen()

@@ -30,7 +30,7 @@ class ScaledLearnedRewriting(LearnedRewriting, ScaledRewriting):
         self._seen: dict[tuple[Linear, ...], Seen] = {}  # of the block being done, by linears that share an input
 
     def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> GramAndSize | None:
-        return GramAndSize(features, device) if self._changed(linears) else None
+        return GramAndSize(features, device, lifted=self._lifted) if self._changed(linears) else None
 
     def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
         assert isinstance(site.gathered, GramAndSize), "as begun above"

@@ -18,17 +18,20 @@ _STRIPES = 4  # or more; a symmetric product is made in stripes, each from its d
 _WIDTH = 256  # of a stripe on the processor, at most: 0.56 to 0.7 of the time of the whole at 576 to 4096 features
 _TOKENS = 1024  # that the processor multiplies at a time: no copy of a whole batch in float32
 _IN_CACHE = 256  # that it takes the squares of
+SHORTEST = 1e-6  # square of a token, of the median's, that counts as the median; shorter ones count less
 _BLOCK = 384  # columns of a Cholesky factor at a time
 
 
 class Gram:
     """The sum of x xᵀ over tokens, as it grows.
 
+    lifted:  tokens that are shorter than is usual in their window count as if they were as long as that (see `lifts`)
     tokens:  how many were added, those dropped not among them
     dropped: how many were left out because a value of theirs was not finite
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu", *, lifted: bool = False) -> None:
+        self._lifted = lifted
         self._sum = torch.zeros(features, features, device=device)  # right as far as the stripes reach
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # on the device, so that nobody waits for it
 
@@ -46,7 +49,7 @@ class Gram:
         inputs: [..., features], of any float type, on the device of the sum
         mask:   bool [...], True where a token counts
         """
-        for rows, counts in _counted(inputs, mask, _TOKENS):
+        for rows, counts in _counted(inputs, mask, _TOKENS, lifts(inputs) if self._lifted else None):
             self._counts += counts
             with _multiplying(inputs):
                 self._add_products(rows)
@@ -78,15 +81,19 @@ class CrossGram(Gram):
     All tokens are added by `add_pair`, or, where it is not known what they were, all by `add`.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(features, device)
+    def __init__(self, features: int, device: torch.device | str = "cpu", *, lifted: bool = False) -> None:
+        super().__init__(features, device, lifted=lifted)
         self._cross = torch.zeros(features, features, device=device)  # of y xᵀ
         self._paired = False
 
     def add_pair(self, inputs: Tensor, before: Tensor) -> None:
-        """Add tokens as they are and as they were, [..., features] of one type, on the device of the sums."""
+        """Add tokens as they are and as they were, [..., features] of one type, on the device of the sums.
+
+        Those that are lifted are so by their length as they are.
+        """
         self._paired = True
-        for rows, counts in _counted(torch.cat([inputs, before], dim=-1), None, _TOKENS):
+        factors = lifts(inputs) if self._lifted else None
+        for rows, counts in _counted(torch.cat([inputs, before], dim=-1), None, _TOKENS, factors):
             self._counts += counts
             now, then = rows.chunk(2, dim=1)
             with _multiplying(inputs):
@@ -146,8 +153,33 @@ class Moments:
         return (self._squares / self._counts[0].clamp(min=1)).float()
 
 
-def _counted(inputs: Tensor, mask: Tensor | None, together: int) -> Iterator[tuple[Tensor, Tensor]]:
+def lifts(inputs: Tensor) -> Tensor:
+    """What makes every token that is shorter than the median of its window as long as that, float32 [tokens, 1].
+
+    inputs: [windows, tokens, features], of any float type; where there are no windows, all tokens are taken for one
+
+    The first token of a window, to which all others attend, becomes hundreds of times as long as they are within a
+    few blocks, nearly all of it in a few features (Sun et al., "Massive Activations in Large Language Models", 2024,
+    https://arxiv.org/abs/2402.17762), on which norms have small weights. What comes out of a norm is then a tenth to a
+    hundredth of what others are in square, and an error in it would be next to nothing in a mean over tokens, though
+    all tokens see its keys and values. Long tokens are left as they are: of what goes into down_proj, the first is what
+    makes that length.
+    """
+    if not inputs.numel():
+        return inputs.new_ones(inputs.shape[:-1].numel(), 1, dtype=torch.float32)
+    windows = inputs.detach() if inputs.ndim == 3 else inputs.detach().reshape(1, -1, inputs.shape[-1])
+    squares = torch.stack([torch.linalg.vector_norm(window.float(), dim=-1).square() for window in windows])
+    median = squares.where(squares.isfinite(), torch.nan).nanmedian(dim=1, keepdim=True).values
+    factors = (median / squares.maximum(SHORTEST * median)).sqrt().clamp(min=1)
+    return factors.where(factors.isfinite(), 1).reshape(-1, 1)
+
+
+def _counted(
+    inputs: Tensor, mask: Tensor | None, together: int, factors: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens as rows, those that do not count set to zero; and how many count, and how many are not finite.
+
+    factors: float32 [tokens, 1], of each token; the products are of the type of the inputs
 
     On the processor so many tokens at a time, in float32. On a GPU all; 16-bit floats stay: their products are exact.
     """
@@ -155,11 +187,14 @@ def _counted(inputs: Tensor, mask: Tensor | None, together: int) -> Iterator[tup
     asked = None if mask is None else mask.reshape(-1)
     if tokens.is_cuda:
         short = tokens.dtype in (torch.float16, torch.bfloat16)
-        yield _counted_rows(tokens if short else tokens.float(), asked)
+        rows = tokens if factors is None else (tokens.float() * factors).to(tokens.dtype)
+        yield _counted_rows(rows if short else rows.float(), asked)
         return
     for begin in range(0, len(tokens), together):
         some = slice(begin, begin + together)
         rows = tokens[some].float()
+        if factors is not None:
+            rows = (rows * factors[some]).to(tokens.dtype).float()
         flat = rows.reshape(-1)
         if asked is None and bool(torch.dot(flat, flat).isfinite()):
             yield rows, torch.tensor([len(rows), 0])  # all that nearly every batch needs

@@ -1,4 +1,5 @@
 import math
+import statistics
 import threading
 
 import pytest
@@ -6,7 +7,7 @@ import quantization_definitions as definition
 import torch
 
 from wtool.errors import RuntimeProblem
-from wtool.statistics import CrossGram, Gram, Moments, factor, output_squares, relative_errors
+from wtool.statistics import SHORTEST, CrossGram, Gram, Moments, factor, lifts, output_squares, relative_errors
 
 
 def mean_of_products(rows):
@@ -55,6 +56,86 @@ def test_tokens_that_are_masked_or_not_finite_do_not_count():
     assert (gram.tokens, gram.dropped) == (7, 2)
     torch.testing.assert_close(gram.finish(), gathered([inputs[keep]], 8).finish())
     assert bad[1, 0, 3].isnan()  # its inputs are left alone
+
+
+def lifted_by_loops(windows):
+    """The rows of windows, short ones made as long as the (lower) median of their window."""
+    rows = []
+    for window in windows:
+        squares = [math.fsum(value**2 for value in row) for row in window]
+        median = statistics.median_low([square for square in squares if math.isfinite(square)] or [0.0])
+        for row, square in zip(window, squares, strict=True):
+            short = square < median
+            factor = math.sqrt(median / max(square, SHORTEST * median)) if short else 1.0
+            rows.append([value * factor for value in row])
+    return rows
+
+
+def windows_with_extremes(dtype=torch.float32, tokens=9, features=6):
+    inputs = torch.randn(3, tokens, features, generator=torch.Generator().manual_seed(3))
+    inputs[0, 0] *= 500  # long: left alone
+    inputs[0, 3] /= 40
+    inputs[1, 2] = 0  # stays 0
+    inputs[1, 4] *= 1e-5  # shorter than is made up for
+    inputs[2] *= 30  # a window of its own
+    return inputs.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+def test_short_tokens_are_lifted_to_the_median_of_their_window(dtype, tokens):
+    inputs = windows_with_extremes(dtype, tokens=9)[:, :tokens]
+    found = lifts(inputs) * inputs.reshape(-1, 6).double()
+    expected = torch.tensor(lifted_by_loops(inputs.double().tolist()), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_without_windows_all_tokens_are_one():
+    tokens = windows_with_extremes().flatten(0, 1)
+    assert torch.equal(lifts(tokens), lifts(tokens[None]))
+    assert lifts(tokens[:0]).shape == (0, 1)
+
+
+def test_tokens_that_are_not_finite_are_no_part_of_the_median():
+    inputs = windows_with_extremes()
+    for bad in (math.nan, math.inf):
+        inputs[0, 5, 1] = bad
+        kept = torch.cat([inputs[0, :5], inputs[0, 6:]])
+        found = lifts(inputs[:1])
+        assert torch.equal(torch.cat([found[:5], found[6:]]), lifts(kept[None])) and found[5] == 1
+    assert torch.equal(lifts(torch.full((1, 2, 3), math.nan)), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lifted_gram_is_that_of_lifted_tokens(dtype):
+    inputs = windows_with_extremes(dtype)
+    before = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
+    gram, cross, given = Gram(6, lifted=True), CrossGram(6, lifted=True), inputs.clone()
+    for window, old in zip(inputs, before, strict=True):
+        gram.add(window[None])
+        cross.add_pair(window[None], old[None])
+    assert torch.equal(inputs, given)  # they are left alone
+    rows = (lifts(inputs) * inputs.reshape(-1, 6).float()).to(dtype)
+    old = (lifts(inputs) * before.reshape(-1, 6).float()).to(dtype)
+    expected, pairs = gathered([rows], 6).finish(), CrossGram(6)
+    pairs.add_pair(rows, old)
+    assert gram.tokens == len(rows)
+    torch.testing.assert_close(gram.finish(), expected)
+    for one, other in zip(cross.finish_both(), pairs.finish_both(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_how_short_a_token_was_is_nothing_to_a_lifted_gram():
+    inputs = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(5))
+    inputs[:, 0] /= 8
+    shorter = inputs.clone()
+    shorter[:, 0] /= 16
+    found = [Gram(5, lifted=lifted) for lifted in (True, False) for _ in range(2)]
+    for gram, given in zip(found, [inputs, shorter] * 2, strict=True):
+        gram.add(given)
+    lifted, again, plain, other = (gram.finish() for gram in found)
+    torch.testing.assert_close(lifted, again)
+    assert (plain - other).abs().max() > 1e-4
 
 
 def test_no_token_gives_zeros():
