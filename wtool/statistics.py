@@ -18,14 +18,15 @@ _STRIPES = 4  # or more; a symmetric product is made in stripes, each from its d
 _WIDTH = 256  # of a stripe on the processor, at most: 0.56 to 0.7 of the time of the whole at 576 to 4096 features
 _TOKENS = 1024  # that the processor multiplies at a time: no copy of a whole batch in float32
 _IN_CACHE = 256  # that it takes the squares of
-SHORTEST = 1e-6  # square of a token, of the median's, that counts as the median; shorter ones count less
+FIRST = 4  # lengths of a median token that the first of a window has at least
+SHORTEST = 1e-6  # square of a token, of the median's, that is made as long as that; shorter ones stay shorter
 _BLOCK = 384  # columns of a Cholesky factor at a time
 
 
 class Gram:
     """The sum of x xᵀ over tokens, as it grows.
 
-    lifted:  tokens that are shorter than is usual in their window count as if they were as long as that (see `lifts`)
+    lifted:  short tokens are made longer first, that of each window's beginning above all (see `lifts`)
     tokens:  how many were added, those dropped not among them
     dropped: how many were left out because a value of theirs was not finite
     """
@@ -154,24 +155,28 @@ class Moments:
 
 
 def lifts(inputs: Tensor) -> Tensor:
-    """What makes every token that is shorter than the median of its window as long as that, float32 [tokens, 1].
+    """What makes short tokens longer, float32 [tokens, 1], at least 1: each is brought to the median length of its
+    window, and the first of a window to FIRST times that.
 
     inputs: [windows, tokens, features], of any float type; where there are no windows, all tokens are taken for one
+            without a first
 
-    The first token of a window, to which all others attend, becomes hundreds of times as long as they are within a
-    few blocks, nearly all of it in a few features (Sun et al., "Massive Activations in Large Language Models", 2024,
-    https://arxiv.org/abs/2402.17762), on which norms have small weights. What comes out of a norm is then a tenth to a
-    hundredth of what others are in square, and an error in it would be next to nothing in a mean over tokens, though
-    all tokens see its keys and values. Long tokens are left as they are: of what goes into down_proj, the first is what
-    makes that length.
+    All tokens attend to the first of their window, whose activations become hundreds of times as long as others' within
+    a few blocks, nearly all of it in a few features (Sun et al., "Massive Activations in Large Language Models", 2024,
+    https://arxiv.org/abs/2402.17762) on which norms have small weights. So what comes out of a norm is short for just
+    this token, a tenth to a hundredth of the others' squares, and in a mean over tokens an error in it would be next to
+    nothing. Longer ones are left as they are: the first is what makes that length in down_proj.
     """
-    if not inputs.numel():
-        return inputs.new_ones(inputs.shape[:-1].numel(), 1, dtype=torch.float32)
-    windows = inputs.detach() if inputs.ndim == 3 else inputs.detach().reshape(1, -1, inputs.shape[-1])
+    tokens = inputs.shape[:-1].numel()
+    if tokens == 0:
+        return inputs.new_ones(0, 1, dtype=torch.float32)
+    windows = inputs.detach() if inputs.ndim == 3 else inputs.detach().reshape(1, tokens, -1)
     squares = torch.stack([torch.linalg.vector_norm(window.float(), dim=-1).square() for window in windows])
     median = squares.where(squares.isfinite(), torch.nan).nanmedian(dim=1, keepdim=True).values
-    factors = (median / squares.maximum(SHORTEST * median)).sqrt().clamp(min=1)
-    return factors.where(factors.isfinite(), 1).reshape(-1, 1)
+    lengths = (median / squares.maximum(SHORTEST * median)).sqrt()
+    if inputs.ndim == 3:
+        lengths[:, 0] *= FIRST
+    return lengths.where(lengths.isfinite(), 1).clamp(min=1).reshape(-1, 1)
 
 
 def _counted(

@@ -7,7 +7,7 @@ import quantization_definitions as definition
 import torch
 
 from wtool.errors import RuntimeProblem
-from wtool.statistics import SHORTEST, CrossGram, Gram, Moments, factor, lifts, output_squares, relative_errors
+from wtool.statistics import FIRST, SHORTEST, CrossGram, Gram, Moments, factor, lifts, output_squares, relative_errors
 
 
 def mean_of_products(rows):
@@ -59,14 +59,14 @@ def test_tokens_that_are_masked_or_not_finite_do_not_count():
 
 
 def lifted_by_loops(windows):
-    """The rows of windows, short ones made as long as the (lower) median of their window."""
+    """The rows of windows, short ones made as long as the (lower) median of their window, the first FIRST times."""
     rows = []
     for window in windows:
         squares = [math.fsum(value**2 for value in row) for row in window]
         median = statistics.median_low([square for square in squares if math.isfinite(square)] or [0.0])
-        for row, square in zip(window, squares, strict=True):
-            short = square < median
-            factor = math.sqrt(median / max(square, SHORTEST * median)) if short else 1.0
+        for place, (row, square) in enumerate(zip(window, squares, strict=True)):
+            factor = math.sqrt(median / max(square, SHORTEST * median)) * (FIRST if place == 0 else 1)
+            factor = max(1.0, factor)
             rows.append([value * factor for value in row])
     return rows
 
@@ -92,7 +92,9 @@ def test_short_tokens_are_lifted_to_the_median_of_their_window(dtype, tokens):
 
 def test_without_windows_all_tokens_are_one():
     tokens = windows_with_extremes().flatten(0, 1)
-    assert torch.equal(lifts(tokens), lifts(tokens[None]))
+    assert torch.equal(lifts(tokens)[1:], lifts(tokens[None])[1:])
+    first = lifts(tokens[1:])  # as any other
+    assert torch.equal(first[0], lifts(torch.cat([tokens[2:], tokens[1:2]]))[-1])
     assert lifts(tokens[:0]).shape == (0, 1)
 
 
@@ -104,6 +106,7 @@ def test_tokens_that_are_not_finite_are_no_part_of_the_median():
         found = lifts(inputs[:1])
         assert torch.equal(torch.cat([found[:5], found[6:]]), lifts(kept[None])) and found[5] == 1
     assert torch.equal(lifts(torch.full((1, 2, 3), math.nan)), torch.ones(2, 1))
+    assert torch.equal(lifts(torch.zeros(1, 2, 3)), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,6 +126,12 @@ def test_a_lifted_gram_is_that_of_lifted_tokens(dtype):
     torch.testing.assert_close(gram.finish(), expected)
     for one, other in zip(cross.finish_both(), pairs.finish_both(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_first_token_that_is_long_is_left_alone():
+    inputs = torch.randn(1, 7, 5, generator=torch.Generator().manual_seed(6))
+    inputs[0, 0] *= 2 * FIRST * inputs.norm(dim=-1).max() / inputs[0, 0].norm()
+    assert lifts(inputs)[0] == 1 and lifts(inputs)[1:].max() > 1
 
 
 def test_how_short_a_token_was_is_nothing_to_a_lifted_gram():
