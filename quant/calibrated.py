@@ -34,7 +34,7 @@ class Quantizing(Change[Gram]):
 
     def gather(self, features: int, device: torch.device) -> Gram:
         kind = CrossGram if METHODS[self.recipe.method].asymmetric else Gram
-        return kind(features, device, lifted=self.recipe.lift)
+        return kind(features, device, lifted=self.recipe.lifts)
 
     def site(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram) -> Sequence[Made]:
         return [made_of(found) for found in self.found(tensors, weights, inputs_of(gathered))]

@@ -126,7 +126,10 @@ class QuantRecipe(BaseModel):
     damping: float = Field(
         default=0.01, gt=0, le=1, description="share of the mean of the Gram matrix's diagonal to add to it"
     )
-    lift: bool = Field(default=True, description="tokens shorter than the median of their window count as if as long")
+    lift: bool = Field(
+        default=True,
+        description="short tokens, the first of a window above all, count like longer ones; not in learned rounding",
+    )
     act_order: bool = Field(default=True, description="columns in the order of their activations")
     static_groups: bool = Field(default=True, description="scales from the weights as they were")
     clip: bool = Field(default=True, description="search how much of each range to cover")
@@ -151,6 +154,11 @@ class QuantRecipe(BaseModel):
     def allocates(self) -> bool:
         """Whether each layer is to get the grid that serves a budget best; `quant.allocated` settles which."""
         return self.target_size is not None or isinstance(self.bits, float)
+
+    @property
+    def lifts(self) -> bool:
+        """Whether Gram matrices are of lifted tokens; what is learned has a loss of its own."""
+        return self.lift and not METHODS[self.method].learned
 
     @property
     def grid(self) -> Grid:

@@ -85,7 +85,7 @@ class ScaledRewriting(Rewriting[Gram]):
         turned = {each.name for block in network.blocks for each in block.linears if each.slot.transposed}
         super().__init__(change, network, output, {*transposed, *turned})
         self._plan = plan = change.plan
-        self._lifted = change.recipe.lift
+        self._lifted = change.recipe.lifts
         outputs = plan.plan.outputs
         self._dtypes = {name: torch_dtype(outputs[name].dtype) for name in plan.walked}  # of what is written plain
         self._feeds: dict[Any, list[Feed]] = {}  # by kind of block
