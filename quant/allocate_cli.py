@@ -132,7 +132,7 @@ def _gathered(
             stack.close()  # what is shown of the walk before
             return stack.enter_context(console.progress("calibrating", steps, quiet=quiet, unit="steps"))
 
-        gather(source, windows, stats, where=where, gradients=True, force=force, start=start)
+        gather(source, windows, stats, where=where, gradients=True, lifted=recipe.lifts, force=force, start=start)
     return open_statistics(stats)
 
 

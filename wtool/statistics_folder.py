@@ -128,6 +128,11 @@ class Statistics:
     inputs: Mapping[str, Input]  # by each linear's tensor
     manifest: Mapping[str, Any]
 
+    @property
+    def lifted(self) -> bool:
+        """Whether Gram matrices are of lifted tokens (`wtool.statistics.lifts`)."""
+        return bool(self.manifest.get("lifted"))
+
     def squared_gradients(self, tensor: str) -> "torch.Tensor | None":
         """The mean squared gradient by each output of a linear, [out]; None where it was not gathered."""
         name = f"{tensor}{GRADIENTS}"

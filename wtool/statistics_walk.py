@@ -37,12 +37,14 @@ def gather(
     *,
     where: Where,
     gradients: bool = False,
+    lifted: bool = False,
     force: bool = False,
     start: Callable[[int], Progress] = lambda steps: lambda done: None,
 ) -> Gathered:
     """Gather the statistics of a model on windows of text, or go on with what was stopped.
 
     gradients: mean squared gradients by the outputs too
+    lifted: Gram matrices are of lifted tokens (`wtool.statistics.lifts`)
     start: is told how many steps there are and gives the function that is told of each; called for each of the walks
 
     raises: InputError, OutputError
@@ -53,13 +55,14 @@ def gather(
         "calibration": windows.record,
         "computed_in": where.dtype or working_dtype(checkpoint, where.device),
         **({"gradients": True} if gradients else {}),
+        **({"lifted": True} if lifted else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     if out.exists() and not force and is_complete(out, fingerprint):
         return Gathered(True, 0)
     model = network(checkpoint, where)
     with StatisticsWriter(out, fingerprint, force=force) as writer:
-        walk(model, windows.unpadded(), _Saving(writer, model), way="observe", where=where, start=start)
+        walk(model, windows.unpadded(), _Saving(writer, model, lifted=lifted), way="observe", where=where, start=start)
         if gradients and not writer.has_gradients:
             few = first_tokens(windows.unpadded(), GRADIENT_TOKENS)
             writer.put_gradients(squared_gradients(model, few, where=where, start=start))
@@ -81,15 +84,15 @@ def first_tokens(windows: Sequence[Tensor], most: int) -> list[Tensor]:
 class _Saving(Visitor[Gram]):
     """The visitor that writes what it is shown, and changes nothing."""
 
-    def __init__(self, writer: StatisticsWriter, network: Network):
-        self._writer, self._network = writer, network
+    def __init__(self, writer: StatisticsWriter, network: Network, *, lifted: bool):
+        self._writer, self._network, self._lifted = writer, network, lifted
         self._grams: dict[Input, Tensor] = {}
 
     def written(self, block: Block) -> Read | None:
         return self._network.read if self._writer.has(block.index) else None
 
     def gather(self, linears: tuple[Linear, ...], features: int, device: torch.device) -> Gram:
-        return Gram(features, device)
+        return Gram(features, device, lifted=self._lifted)
 
     def site(self, site: Site[Gram]) -> Mapping[Linear, Tensor]:
         names = tuple(linear.name for linear in site.linears)

@@ -164,6 +164,11 @@ def _check_models(found: Sequence[Statistics], models: Sequence[Checkpoint]) -> 
     names = [_place(model.label) for model in models]
     for statistics, model, name in zip(found, models, names, strict=True):
         check_model(statistics, model)
+        if statistics.lifted:
+            raise Mismatch(
+                f"{statistics.matrices.label}: these statistics are of lifted tokens and RegMean needs them as they "
+                "are; gather them without --lift"
+            )
         label = str(statistics.manifest.get("model"))
         if _place(label) != name and _place(label) in names:
             raise Mismatch(

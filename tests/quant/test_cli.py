@@ -1,5 +1,6 @@
 """`wtool quantize` as a user runs it, on tiny models, opened again in transformers through compressed-tensors."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -195,13 +196,28 @@ def test_rounding_streams_without_a_model(model: Path, quantize: Quantize) -> No
             assert torch.equal(ours.read(name), codes.float() * scales.float()[:, index])
 
 
+def checksum(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("lifted", [True, False])
 def test_statistics_gathered_once_serve_any_quantization(
-    model: Path, text: Path, quantize: Quantize, tmp_path: Path
+    model: Path, text: Path, quantize: Quantize, tmp_path: Path, capsys: pytest.CaptureFixture[str], lifted: bool
 ) -> None:
+    """Lifted or not, both give for the first layer what the text gives; the other kind is warned of."""
     stats = tmp_path / "stats"
-    assert run(["calibrate", str(model), "--calib", str(text), *CALIBRATION, "-o", str(stats), "--quiet"]) == 0
-    from_stats = quantize(model, "--stats", str(stats), name="from")
-    walked = quantize(model, "--no-sequential", name="walked")
+    lift = ["--lift"] if lifted else []
+    assert run(["calibrate", str(model), "--calib", str(text), *CALIBRATION, *lift, "-o", str(stats), "--quiet"]) == 0
+    same, other = ("--lift", "--no-lift") if lifted else ("--no-lift", "--lift")
+    from_stats = quantize(model, "--stats", str(stats), same, name="from")
+    assert "lifted" not in capsys.readouterr().err
+    walked = quantize(model, "--no-sequential", same, name="walked")
+    assert run(["quantize", str(model), "-g", "32", "--stats", str(stats), other, "--dry-run"]) == 0
+    told = "are of lifted tokens" if lifted else "count all tokens alike"
+    assert f"{stats}: these statistics {told}" in capsys.readouterr().out
+    otherwise = quantize(model, "--no-sequential", other, name="otherwise")
+    assert load_file(otherwise / "model.safetensors").keys() == load_file(walked / "model.safetensors").keys()
+    assert checksum(otherwise) != checksum(walked)
     ours, theirs = load_file(from_stats / "model.safetensors"), load_file(walked / "model.safetensors")
     assert ours.keys() == theirs.keys()
     first = [name for name in ours if name.startswith("model.layers.0.")]

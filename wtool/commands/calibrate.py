@@ -36,6 +36,9 @@ def calibrate(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="of outputs too, for `wtool quantize --bits 3.5 --stats`")
     ] = False,
+    lift: Annotated[
+        bool, typer.Option("--lift", help="count short tokens like longer ones, as `wtool quantize` does on text")
+    ] = False,
     force: options.Force = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
@@ -67,7 +70,9 @@ def calibrate(
             stack.close()  # what is shown of the walk before
             return stack.enter_context(console.progress("calibrating", steps, quiet=quiet, unit="batches"))
 
-        done = gather(checkpoint, windows, output, where=where, gradients=gradients, force=force, start=start)
+        done = gather(
+            checkpoint, windows, output, where=where, gradients=gradients, lifted=lift, force=force, start=start
+        )
     if done.already_there:
         console.emit(f"{output}: there already, of this model and text; nothing to do (--force makes it anew)")
         return

@@ -72,6 +72,14 @@ def test_a_plan_is_shown_from_headers(capsys: Shown) -> None:
     assert shown.endswith("no problem found\n")
 
 
+def test_lifted_statistics_are_refused(tmp_path: Path, capsys: Shown) -> None:
+    stats = str(tmp_path / "stats")
+    assert run(["calibrate", "a", "--calib", "text.txt", *WALK, "--lift", "-o", stats, "-q"]) == 0
+    assert run(["merge", "a", "b", "-m", "regmean", "--stats", stats, "--stats", stats, "-o", str(tmp_path / "x")]) == 3
+    assert f"{stats}: these statistics are of lifted tokens" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_statistics_in_another_order_are_refused(tmp_path: Path, capsys: Shown) -> None:
     stats = str(tmp_path / "stats")
     assert run(["calibrate", "a", "--calib", "text.txt", *WALK, "-o", stats, "-q"]) == 0
