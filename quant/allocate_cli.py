@@ -4,7 +4,8 @@ Statistics that are not given are gathered in a hidden folder beside the output,
 goes when the output is whole; until then a stopped run finds there what it had done.
 
     .NAME.allocation/
-        stats/           as `wtool calibrate --gradients` makes them; of a rotated model, with the rotation in its name
+        stats/           as `wtool calibrate --gradients --lift` makes them; without --lift, or of a rotated model,
+                         that is in its name
         settled.json     the recipe with every layer's grid
 """
 
@@ -125,7 +126,8 @@ def _gathered(
 
     assert output is not None, "a dry run without statistics has ended"
     windows = windows_asked(source, recipe.calibration, trust_remote_code=where.trust_remote_code)
-    stats = folder_of(output) / "-".join(["stats", *rotation_noted(source).values()])
+    plain = [] if recipe.lifts else ["plain"]
+    stats = folder_of(output) / "-".join(["stats", *plain, *rotation_noted(source).values()])
     with ExitStack() as stack:
 
         def start(steps: int) -> "Progress":
