@@ -61,7 +61,7 @@ class GramAndSize(Gram):
 class Looking(Visitor[GramAndSize]):
     """Gathers the inputs of some linears, and changes nothing."""
 
-    def __init__(self, wanted: Collection[str], *, lifted: bool):
+    def __init__(self, wanted: Collection[str], *, lifted: bool = False):
         self._wanted, self._lifted = wanted, lifted
 
     def written(self, block: Block) -> Read | None:
