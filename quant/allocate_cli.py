@@ -4,8 +4,7 @@ Statistics that are not given are gathered in a hidden folder beside the output,
 goes when the output is whole; until then a stopped run finds there what it had done.
 
     .NAME.allocation/
-        stats/           as `wtool calibrate --gradients --lift` makes them; without --lift, or of a rotated model,
-                         that is in its name
+        stats/           as `wtool calibrate --gradients` makes them; of a rotated model, with the rotation in its name
         settled.json     the recipe with every layer's grid
 """
 
@@ -126,15 +125,14 @@ def _gathered(
 
     assert output is not None, "a dry run without statistics has ended"
     windows = windows_asked(source, recipe.calibration, trust_remote_code=where.trust_remote_code)
-    plain = [] if recipe.lifts else ["plain"]
-    stats = folder_of(output) / "-".join(["stats", *plain, *rotation_noted(source).values()])
+    stats = folder_of(output) / "-".join(["stats", *rotation_noted(source).values()])
     with ExitStack() as stack:
 
         def start(steps: int) -> "Progress":
             stack.close()  # what is shown of the walk before
             return stack.enter_context(console.progress("calibrating", steps, quiet=quiet, unit="steps"))
 
-        gather(source, windows, stats, where=where, gradients=True, lifted=recipe.lifts, force=force, start=start)
+        gather(source, windows, stats, where=where, gradients=True, force=force, start=start)
     return open_statistics(stats)
 
 

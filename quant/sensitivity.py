@@ -3,8 +3,8 @@
 With E what a grid takes from the weights and G the Gram matrix of the inputs, row r of E G Eᵀ has on its
 diagonal the mean squared error of output r. To the second order the Kullback-Leibler divergence of the model's
 next-token distribution from what it was is ½ eᵀ F e, F the Fisher information of the outputs; of F its diagonal is
-taken, s[r] = the mean of g[r]², g the gradient by output r of log p(y) with y drawn from the model itself (`wtool.
-output_gradients`), which is the factored curvature of Martens and Grosse, "Optimizing Neural Networks with
+taken, s[r] = a mean of g[r]², g the gradient by output r of log p(y) with y drawn from the model itself (`wtool.
+output_gradients` tells which), which is the factored curvature of Martens and Grosse, "Optimizing Neural Networks with
 Kronecker-factored Approximate Curvature", 2015, https://arxiv.org/abs/1503.05671. So
 
     loss = ½ Σ_r s[r] (E G Eᵀ)[r, r]

@@ -1,10 +1,16 @@
 """How much a model's answer hangs on each output of its linears: mean squared gradients, gathered block by block.
 
 For a token drawn at every position from the model's own next-token distribution, g is the gradient of the sum of
-log p over positions by the outputs of a linear, and what is gathered is the mean over tokens of g[r]² for each output
-r: the diagonal of the Fisher information of these outputs, by which half the mean square of a small change of theirs
-is weighted in the Kullback-Leibler divergence that the change makes (see Martens, "New insights and perspectives on
-the natural gradient method", 2014, https://arxiv.org/abs/1412.1193, sections 5 and 9.2).
+log p over positions by the outputs of a linear, and g[r]² the diagonal of the Fisher information of these outputs, by
+which half the square of a small change of theirs is weighted in the Kullback-Leibler divergence that the change makes
+(see Martens, "New insights and perspectives on the natural gradient method", 2014, https://arxiv.org/abs/1412.1193,
+sections 5 and 9.2). What is gathered for each output r is a mean over tokens that can be multiplied by the mean of e²,
+the error of the output: of g[r]² e² it is the mean where e² is in proportion to the input's |x|²,
+
+    s[r] = Σ_t |x_t|² g_t[r]² / Σ_t |x_t|².
+
+A plain mean of g² would be ruled by tokens that put out next to nothing before a norm (the first one, in Gemma's
+down_proj): to them the answer is most sensitive, and their errors are as small as they are.
 
 It is back-propagation with one block in memory: forward through all blocks, what each is fed being kept; the head's
 gradient; then the blocks from the last to the first, each run again with gradients. So it costs about four forwards,
@@ -29,6 +35,7 @@ from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.network import Block, Linear, Network, Regions
 
 Sums = dict[str, Tensor]
+TINY = 1e-300
 
 
 def squared_gradients(
@@ -39,7 +46,7 @@ def squared_gradients(
     where: Where = HERE,
     start: Callable[[int], Progress] = lambda steps: lambda done: None,
 ) -> dict[str, Tensor]:
-    """The mean squared gradient by each output of each linear that a token came to, float32 [out], in nats².
+    """The mean squared gradient s by each output of each linear that a token came to, float32 [out], in nats².
 
     windows: int64 [length] each
     seed: of the tokens that are drawn
@@ -52,7 +59,7 @@ def squared_gradients(
     progress = start(2 * len(blocks) + 1)
     give_back_large_blocks()
     sums: Sums = {}
-    tokens: dict[str, int] = {}
+    energies: dict[str, Tensor] = {}  # the sums of |x|²
     with torch.no_grad(), hidden_states(where.activations, network.device) as hidden:
         calls = first_inputs(network, batches, hidden)
         for block in blocks:
@@ -68,10 +75,10 @@ def squared_gradients(
             fed = [hidden.take(block.index * count + number) for number in range(count)]
             with network.filled(block):
                 own = [call[block.index] for call in calls]
-                gradients = _back(network, block, fed, own, gradients, sums, tokens)
+                gradients = _back(network, block, fed, own, gradients, sums, energies)
             give_back_freed_memory()
             progress(1)
-    return {name: (total / tokens[name]).float().cpu() for name, total in sums.items()}
+    return {name: (total / energies[name].clamp(min=TINY)).float().cpu() for name, total in sums.items()}
 
 
 def _output(block: Block, state: Tensor, call: Call) -> Tensor:
@@ -114,16 +121,17 @@ def _back(
     calls: Sequence[Call],
     gradients: Sequence[Tensor],
     sums: Sums,
-    tokens: dict[str, int],
+    energies: Sums,
 ) -> list[Tensor]:
     """Take gradients from a block's outputs to its inputs, and gather those of its linears' outputs on the way."""
 
-    def add(linears: tuple[Linear, ...], gradient: Tensor) -> None:
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        squares = torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).double().square()
+    def add(linears: tuple[Linear, ...], fed: Tensor, gradient: Tensor) -> None:
+        lengths = fed.detach().float().square().sum(-1).flatten()
+        squares = (gradient.reshape(len(lengths), -1).float().square().t() @ lengths).double()
+        energy = lengths.sum(dtype=torch.float64)
         for linear, part in zip(linears, squares.split([linear.shape[0] for linear in linears]), strict=True):
             sums[linear.name] = sums[linear.name] + part if linear.name in sums else part
-            tokens[linear.name] = tokens.get(linear.name, 0) + len(flat)
+            energies[linear.name] = energies[linear.name] + energy if linear.name in energies else energy
 
     before: list[Tensor] = []
     with torch.enable_grad():
@@ -140,7 +148,7 @@ def _back(
 class _Watch(TorchFunctionMode):
     """Tells of the gradient by the outputs of every product with a block's linears, when it is known."""
 
-    def __init__(self, regions: Regions, add: Callable[[tuple[Linear, ...], Tensor], None]):
+    def __init__(self, regions: Regions, add: Callable[[tuple[Linear, ...], Tensor, Tensor], None]):
         super().__init__()
         self._regions, self._add = regions, add
 
@@ -148,8 +156,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if places := WATCHED.get(func):
-            place, name = places[1]
-            weight = args[place] if place < len(args) else kwargs.get(name)
+            fed, weight = (args[place] if place < len(args) else kwargs.get(name) for place, name in places)
             if isinstance(weight, Tensor) and (linears := self._regions.of(weight)) and output.requires_grad:
-                output.register_hook(lambda gradient: self._add(linears, gradient))
+                output.register_hook(lambda gradient: self._add(linears, fed, gradient))
         return output

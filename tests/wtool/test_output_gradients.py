@@ -23,23 +23,25 @@ def windows(count: int = 3, length: int = 12) -> list[Tensor]:
 def whole(model: PreTrainedModel, texts: list[Tensor], drawn: Tensor) -> dict[str, Tensor]:
     """The same by one backward through the model; drawn: the tokens at each position, in order."""
     sums: dict[str, Tensor] = {}
+    energies: dict[str, Tensor] = {}
 
     def gather(name: str) -> object:
-        def hook(module: object, arguments: object, output: Tensor) -> None:
-            output.register_hook(lambda gradient: add(name, gradient))
+        def hook(module: object, arguments: tuple[Tensor], output: Tensor) -> None:
+            lengths = arguments[0].detach().double().square().sum(-1, keepdim=True)
+            energies[name] = lengths.sum()
+            output.register_hook(lambda gradient: add(name, lengths, gradient))
 
         return hook
 
-    def add(name: str, gradient: Tensor) -> None:
-        squares = gradient.double().square().sum((0, 1))
-        sums[name] = sums[name] + squares if name in sums else squares
+    def add(name: str, lengths: Tensor, gradient: Tensor) -> None:
+        sums[name] = (lengths * gradient.double().square()).sum((0, 1))
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
             module.register_forward_hook(gather(name))  # pyright: ignore[reportArgumentType]
     logits = model(input_ids=torch.stack(texts)).logits.log_softmax(-1).flatten(0, 1)
     logits.gather(-1, drawn[:, None]).sum().backward()
-    return {name: total / len(drawn) for name, total in sums.items()}
+    return {name: total / energies[name] for name, total in sums.items()}
 
 
 @pytest.fixture
