@@ -195,7 +195,7 @@ def main() -> None:
             gather_statistics(arguments)
         out = arguments.folder / name
         shutil.rmtree(out, ignore_errors=True)
-        usage = measure(command, out.with_suffix(".log"))
+        usage = measure(command, arguments.folder / f"{name}.log")
         made = next(out.rglob("config.json"), out / "one.gguf").parent  # auto-round's is in a folder of its own
         quality = judge.divergence(load_model(open_checkpoint(str(made)), dtype="F32"))
         nbytes = sum(path.stat().st_size for kind in ("*.safetensors", "*.gguf") for path in made.glob(kind))

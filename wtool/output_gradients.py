@@ -35,7 +35,7 @@ from wtool.memory import give_back_freed_memory, give_back_large_blocks
 from wtool.network import Block, Linear, Network, Regions
 
 Sums = dict[str, Tensor]
-TINY = 1e-300
+TINY = 1e-300  # so that inputs that are all 0 divide nothing by 0
 
 
 def squared_gradients(

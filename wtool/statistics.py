@@ -50,7 +50,10 @@ class Gram:
         inputs: [..., features], of any float type, on the device of the sum
         mask:   bool [...], True where a token counts
         """
-        for rows, counts in _counted(inputs, mask, _TOKENS, lifts(inputs) if self._lifted else None):
+        factors = None
+        if self._lifted:
+            factors = lifts(inputs if mask is None else inputs.masked_fill(~mask[..., None], torch.nan))
+        for rows, counts in _counted(inputs, mask, _TOKENS, factors):
             self._counts += counts
             with _multiplying(inputs):
                 self._add_products(rows)

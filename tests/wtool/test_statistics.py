@@ -128,6 +128,16 @@ def test_a_lifted_gram_is_that_of_lifted_tokens(dtype):
         torch.testing.assert_close(one, other)
 
 
+def test_masked_tokens_are_no_part_of_the_median():
+    inputs = windows_with_extremes()
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[:, 6:] = False
+    masked, cut = Gram(6, lifted=True), Gram(6, lifted=True)
+    masked.add(inputs, mask)
+    cut.add(inputs[:, :6])
+    torch.testing.assert_close(masked.finish(), cut.finish())
+
+
 def test_a_first_token_that_is_long_is_left_alone():
     inputs = torch.randn(1, 7, 5, generator=torch.Generator().manual_seed(6))
     inputs[0, 0] *= 2 * FIRST * inputs.norm(dim=-1).max() / inputs[0, 0].norm()
