@@ -25,6 +25,7 @@ from wtool.calibrate import HERE, Progress, Where, batches_of, first_inputs, hid
 from wtool.console import working_on
 from wtool.memory import give_back_freed_memory, keep_freed_memory
 from wtool.network import Block, Linear, Network
+from wtool.stream_norms import gains_after
 
 LEAST = 1e-6  # mean square of a token, of the batch's, that its errors are told by; that of padding is 0
 
@@ -43,7 +44,8 @@ class Fitter(Visitor[S], Protocol):
     def fitted(self, block: Block, loss: float) -> None:
         """Called when the changed block has run.
 
-        loss: the mean over all batches of the squared errors of its outputs, each as a share of its token's mean square
+        loss: the mean over all batches of the squared errors of its outputs, each as a share of its token's mean
+              square, as the norms that come next let them through
         """
         ...
 
@@ -54,6 +56,7 @@ class Lesson:
 
     forward: Forward
     targets: HiddenStates
+    gains: Tensor | None = None  # float32 [features], what its outputs are multiplied by next; None for ones
 
     @property
     def batches(self) -> int:
@@ -73,7 +76,7 @@ class Lesson:
             with torch.enable_grad():
                 for number in batches:
                     output = self.forward.run(number)
-                    error = _error(output, self.targets[number]).div(elements)
+                    error = _error(output, self.targets[number], self.gains).div(elements)
                     if error.requires_grad:
                         error.backward()
             found = {name: parameter.grad for name, parameter in parameters.items()}
@@ -85,17 +88,22 @@ class Lesson:
         return [None if slope is None else slot.of(slope) for slot, slope in slopes]
 
 
-def _error(output: Tensor, target: Tensor) -> Tensor:
-    """The sum of a batch's squared errors, each as a share of its token's mean square.
+def _error(output: Tensor, target: Tensor, gains: Tensor | None) -> Tensor:
+    """The sum of a batch's squared errors, each feature times its gain, as a share of its token's mean square.
 
-    What comes next is a norm, to which a token's length is nothing. Without the shares the few tokens that are hundreds
-    of times as long as others (Sun et al., "Massive Activations in Large Language Models", 2024,
-    https://arxiv.org/abs/2402.17762) would rule the sum.
+    What comes next is a norm, to which a token's length is nothing and a feature is what its weight lets through.
+    Without the shares the few tokens that are hundreds of times as long as others would rule the sum, and in these, in
+    all but few tokens of some models, a few features that the norm has small weights for (Sun et al., "Massive
+    Activations in Large Language Models", 2024, https://arxiv.org/abs/2402.17762).
     """
     target = target.to(output.device).float()
+    error = output.float() - target
+    if gains is not None:
+        factors = gains.to(output.device)
+        target, error = target * factors, error * factors
     lengths = target.square().mean(-1, keepdim=True)
     least = LEAST * lengths.mean() + torch.finfo(torch.float32).tiny
-    return ((output.float() - target).square() / lengths.clamp_min(least)).sum()
+    return (error.square() / lengths.clamp_min(least)).sum()
 
 
 def _parameters(linears: Sequence[Linear]) -> list[str]:
@@ -133,20 +141,24 @@ def walk(
             with network.filled(block):
                 before = Forward(network, block, own, exact, fitter, lambda done: None)
                 forward = Forward(network, block, own, hidden, fitter, progress)
+                lesson = None
                 if read is not None:
                     before.plain()
                     network.fill(block, read)
                 else:
-                    _fit(gathered_passing(before, sites), Lesson(forward, exact))
+                    lesson = Lesson(forward, exact, gains_after(before, windows[0]))
+                    _fit(gathered_passing(before, sites), lesson)
                 forward.plain()
-            if read is None:
-                fitter.fitted(block, _loss(hidden, exact, len(batches)))
+            if lesson is not None:
+                fitter.fitted(block, _loss(lesson))
             give_back_freed_memory()
 
 
-def _loss(outputs: HiddenStates, targets: HiddenStates, batches: int) -> float:
-    errors = [float(_error(outputs[number], targets[number])) for number in range(batches)]
-    return sum(errors) / sum(targets[number].numel() for number in range(batches))
+def _loss(lesson: Lesson) -> float:
+    """Over all batches, of what the block has given."""
+    outputs, targets = lesson.forward.hidden, lesson.targets
+    errors = [float(_error(outputs[number], targets[number], lesson.gains)) for number in range(lesson.batches)]
+    return sum(errors) / sum(targets[number].numel() for number in range(lesson.batches))
 
 
 def _fit(gathered: Gathered, lesson: Lesson) -> None:

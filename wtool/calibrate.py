@@ -183,7 +183,7 @@ def _record(network: Network, ids: Tensor) -> tuple[Tensor, list[Call]]:
 
     with in_place_of_blocks(network, record):
         try:
-            network.model(input_ids=ids, attention_mask=torch.ones_like(ids), **_without_cache(network))
+            network.model(input_ids=ids, attention_mask=torch.ones_like(ids), **without_cache(network))
         except _Recorded:
             pass
     if len(calls) < len(network.blocks) or any(state is not first[0] for state in first):
@@ -219,7 +219,8 @@ def in_place_of_blocks(
             del block.module.forward
 
 
-def _without_cache(network: Network) -> dict[str, bool]:
+def without_cache(network: Network) -> dict[str, bool]:
+    """Arguments of the model by which it keeps no keys and values."""
     return {"use_cache": False} if hasattr(network.model.config, "use_cache") else {}
 
 

@@ -119,7 +119,7 @@ class Network:
         """
         try:
             self.fill(block, read or self.read)
-            self._refuse_missing(block)
+            self._refuse_missing(block.name, block.module)
             yield
         finally:
             _empty(block.module)
@@ -128,6 +128,24 @@ class Network:
         """Put tensors into a block."""
         for group in block.groups:
             self._fill(group, read)
+
+    @contextmanager
+    def filled_modules(self, names: Sequence[str]) -> Iterator[list[nn.Module]]:
+        """Modules with their own weights, for a while, wherever they are in the model.
+
+        raises: MissingInput where the checkpoint lacks one
+        """
+        modules = [self.model.get_submodule(name) for name in names]
+        try:
+            for name, module in zip(names, modules, strict=True):
+                for group in self._home(f"{name}."):
+                    if group.target.rpartition(".")[0] == name:
+                        self._fill(group, self.read)
+                self._refuse_missing(name, module)
+            yield modules
+        finally:
+            for module in modules:
+                _empty(module)
 
     @contextmanager
     def filled_on_demand(self, *, head: bool = False) -> Iterator[None]:
@@ -251,11 +269,11 @@ class Network:
         path, _, leaf = name.rpartition(".")
         return self.model.get_submodule(path), leaf
 
-    def _refuse_missing(self, block: Block) -> None:
-        for name, parameter in block.module.named_parameters():
+    def _refuse_missing(self, path: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 raise MissingInput(
-                    f"{self.checkpoint.label}: lacks the weights of '{block.name}.{name}', which config.json asks for"
+                    f"{self.checkpoint.label}: lacks the weights of '{path}.{name}', which config.json asks for"
                 )
 
 

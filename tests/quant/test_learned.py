@@ -1,6 +1,7 @@
 """Learned rounding from the command line: what is written, what is told of it, and that nothing depends on chance."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ import pytest
 import torch
 from families import saved_family
 from killing import contents, start
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -80,22 +82,39 @@ def test_losses_of_blocks_fall_and_are_told(model: Path, signround: Signround) -
     assert all(entry["output_error"] < 1 and "not_learned" not in entry for entry in told.values())
 
 
-def relative_error(outputs: Tensor, targets: Tensor) -> float:
-    """The mean over tokens of the squared error as a share of what the token is, by loops."""
+def relative_error(outputs: Tensor, targets: Tensor, gains: Tensor) -> float:
+    """The mean over tokens of the squared error as a share of what the token is, features times gains, by loops."""
     pairs = [pair for window in zip(outputs, targets, strict=True) for pair in zip(*window, strict=True)]
-    return sum(float(((x - t) ** 2).sum()) / float((t**2).sum()) for x, t in pairs) / len(pairs)
+    shares = [float(((x - t) * gains).square().sum()) / float((t * gains).square().sum()) for x, t in pairs]
+    return sum(shares) / len(pairs)
+
+
+def with_weighted_norms(model: Path, folder: Path) -> Path:
+    """A copy whose norms do not let all features through alike."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(7)
+    for tensor in (tensor for name, tensor in tensors.items() if "norm" in name):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * 2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.mark.parametrize("method", BOTH)
-def test_the_loss_told_is_that_of_what_was_written(method: str, model: Path, text: Path, signround: Signround) -> None:
+def test_the_loss_told_is_that_of_what_was_written(
+    method: str, model: Path, text: Path, signround: Signround, tmp_path: Path
+) -> None:
+    model = with_weighted_norms(model, tmp_path / "weighted")
     exact = ["--dtype", "float32", "--compute-dtype", "float32"]  # norms that were divided are no bfloat16 numbers
     out = signround(model, "-m", method, "-b", "3", "-g", "32", *exact)
     source = CalibrationSource((str(text),), samples=8, length=48)
-    windows = torch.stack(windows_for(open_checkpoint(str(model)), source).unpadded())
+    given = open_checkpoint(str(model))
+    windows = torch.stack(windows_for(given, source).unpadded())
+    norm = given.read("model.layers.1.input_layernorm.weight").float()
     with torch.no_grad():
         loaded = [load_model(open_checkpoint(str(folder)), dtype="F32") for folder in (model, out)]
         exact, ours = (each(input_ids=windows, output_hidden_states=True).hidden_states[1] for each in loaded)
-    assert losses(out)[0] == pytest.approx(relative_error(ours, exact), rel=1e-4)
+    assert losses(out)[0] == pytest.approx(relative_error(ours, exact, norm), rel=1e-4)
 
 
 def test_two_runs_give_the_same_bytes(model: Path, signround: Signround) -> None:
@@ -213,7 +232,8 @@ def test_gradients_are_those_of_the_block_by_finite_differences(tmp_path: Path) 
         with network.filled(block):
             visitor: Any = None  # nothing is visited
             forward = Forward(network, block, [call[0] for call in calls], hidden, visitor, lambda done: None)
-            lesson = Lesson(forward, targets)
+            gains = torch.randn(targets[0].shape[-1], generator=torch.Generator().manual_seed(2))
+            lesson = Lesson(forward, targets, gains)
             slopes = lesson.gradients(block.linears, [1])
             assert all(parameter.grad is None for parameter in block.module.parameters())
             for linear, slope in zip(block.linears, slopes, strict=True):
@@ -222,7 +242,7 @@ def test_gradients_are_those_of_the_block_by_finite_differences(tmp_path: Path) 
                 was, ends = float(view[row, column]), []
                 for end in (1e-3, -1e-3):
                     view[row, column] = was + end
-                    ends.append(relative_error(forward.run(1), targets[1]))
+                    ends.append(relative_error(forward.run(1), targets[1], gains))
                 view[row, column] = was
                 assert float(slope[row, column]) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=0.02, abs=2e-3)
 
