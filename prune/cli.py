@@ -65,6 +65,10 @@ def prune(
         int | None, typer.Option("--group-size", "-g", help="inputs that share a scale; -1: a row [default: 128]")
     ] = None,
     damping: Annotated[float | None, typer.Option(help="share of the mean diagonal to add [default: 0.01]")] = None,
+    lift: Annotated[
+        bool | None,
+        typer.Option(help="sparsegpt: count short tokens, as the first is, like one of usual length [default: yes]"),
+    ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="store a bit for every weight and those that stay")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="modules to leave as they are")] = None,
     sequential: Annotated[
@@ -131,6 +135,7 @@ def prune(
         "bits": bits,
         "group_size": group_size,
         "damping": damping,
+        "lift": lift,
         "pack": pack or None,
         "ignore": ignore or None,
         "way": None if sequential is None else "sequential" if sequential else "one-pass",

@@ -117,6 +117,10 @@ class PruneRecipe(BaseModel):
     damping: float = Field(
         default=0.01, gt=0, le=1, description="share of the mean of the Gram matrix's diagonal to add to it"
     )
+    lift: bool = Field(
+        default=True,
+        description="sparsegpt: short tokens, the first of a window above all, count like longer ones",
+    )
     pack: bool = Field(
         default=False, description="a bit for every weight and the ones that stay, in the place of zeros"
     )
@@ -144,6 +148,11 @@ class PruneRecipe(BaseModel):
     def searches(self) -> bool:
         """Whether sizes are to be found for a budget."""
         return any(getattr(self, name) is not None for name in BUDGETS)
+
+    @property
+    def lifts(self) -> bool:
+        """Whether Gram matrices are of lifted tokens (`wtool.statistics.lifts`)."""
+        return self.lift and self.method == "sparsegpt"
 
     @property
     def grid(self) -> Grid | None:

@@ -28,8 +28,9 @@ class Sparsifying(Change[Gram | Moments]):
 
     def gather(self, features: int, device: torch.device) -> Gram | Moments:
         assert self.recipe.method is not None
-        kind = Gram if METHODS[self.recipe.method].gathers == "gram" else Moments
-        return kind(features, device)
+        if METHODS[self.recipe.method].gathers == "gram":
+            return Gram(features, device, lifted=self.recipe.lifts)
+        return Moments(features, device)
 
     def site(self, tensors: Sequence[str], weights: Sequence[Tensor], gathered: Gram | Moments) -> Sequence[Made]:
         inputs = fed(gathered)

@@ -35,8 +35,8 @@ def several(job: Job, recipe: PruneRecipe, shares: Sequence[float], output: Path
     content, folder = recipe.model_dump(), beside(output, "statistics")
     if needs_text(recipe):
         names = {"data": "calib", "text_column": "text-column"}
-        force = ["--force"] if job.force else []
-        call("calibrate", [recipe.model, "-o", str(folder), *_options(calibration, names), *_flags(job), *force])
+        flags = [*_flags(job), *(["--force"] if job.force else []), *(["--lift"] if recipe.lifts else [])]
+        call("calibrate", [recipe.model, "-o", str(folder), *_options(calibration, names), *flags])
         content["statistics"] = str(folder)
     for share in shares:
         job.run(parse_recipe(content | {"sparsity": share}, "command line"), output / str(share))

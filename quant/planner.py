@@ -123,7 +123,7 @@ def plan_quantize(
             *source_warnings(recipe, source),
             *rotation_warnings(source, steps),
             *unopened(recipe, modules),
-            *_unlifted(recipe, statistics),
+            *([] if statistics is None or recipe.method == "rtn" else statistics.otherwise(recipe.lifts)),
         ],
         about={"left": left, "summary": _summary(source, steps, layers), **rotation_told(recipe, source)},
         work=_work(recipe, source, steps),
@@ -240,18 +240,6 @@ def output_config(source: Checkpoint, settings: Mapping[str, Any], steps: Sequen
                 floats[info.dtype] = floats.get(info.dtype, 0) + info.nbytes
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = config_name(max(floats, key=lambda k: floats[k]))
     return {**config, "quantization_config": dict(settings)}
-
-
-def _unlifted(recipe: QuantRecipe, statistics: Statistics | None) -> list[str]:
-    """What is to be said of statistics that count tokens otherwise than the recipe does."""
-    if statistics is None or recipe.method == "rtn" or statistics.lifted == recipe.lifts:
-        return []
-    if statistics.lifted:
-        return [f"{recipe.statistics}: these statistics are of lifted tokens (`wtool calibrate --lift`)"]
-    return [
-        f"{recipe.statistics}: these statistics count all tokens alike, with which GPTQ is worse; "
-        "`wtool calibrate --lift` gathers those that `wtool quantize` goes by"
-    ]
 
 
 def source_warnings(recipe: QuantRecipe, source: Checkpoint) -> list[str]:

@@ -133,6 +133,17 @@ class Statistics:
         """Whether Gram matrices are of lifted tokens (`wtool.statistics.lifts`)."""
         return bool(self.manifest.get("lifted"))
 
+    def otherwise(self, lifted: bool) -> list[str]:
+        """What is to be said where tokens count otherwise than a method would have them, lifted or not."""
+        if self.lifted == lifted:
+            return []
+        if self.lifted:
+            return [f"{self.matrices.label}: these statistics are of lifted tokens (`wtool calibrate --lift`)"]
+        return [
+            f"{self.matrices.label}: these statistics count all tokens alike, with which the result is worse; "
+            "`wtool calibrate --lift` gathers those that are taken on text"
+        ]
+
     def squared_gradients(self, tensor: str) -> "torch.Tensor | None":
         """The mean squared gradient by each output of a linear, [out]; None where it was not gathered."""
         name = f"{tensor}{GRADIENTS}"

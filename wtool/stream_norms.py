@@ -6,7 +6,7 @@ with the hidden states as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def _read_at_the_end(network: Network, tokens: Tensor) -> list[str]:
     return met
 
 
-def _told_of(modules: dict[str, nn.Module], meet: Met) -> list[RemovableHandle]:
+def _told_of(modules: Mapping[str, nn.Module], meet: Met) -> list[RemovableHandle]:
     """Have a function told whenever a module with parameters of its own is called."""
 
     def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

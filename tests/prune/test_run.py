@@ -22,6 +22,7 @@ from wtool.calibration_data.for_model import windows_asked
 from wtool.checkpoint import open_checkpoint
 from wtool.cli import run
 from wtool.recipe_parts import Calibration
+from wtool.statistics import lifts
 
 Prune = Callable[..., Path]
 Full = Callable[[str], tuple[PreTrainedModel, Path]]
@@ -30,14 +31,15 @@ SPARSE = ["magnitude", "wanda", "ria", "sparsegpt"]
 
 
 @torch.no_grad()
-def grams(model: PreTrainedModel, text: Path, folder: Path) -> dict[str, Tensor]:
-    """The mean of x xᵀ of every linear module of the layers, float64, by its tensor."""
+def grams(model: PreTrainedModel, text: Path, folder: Path, *, lifted: bool = False) -> dict[str, Tensor]:
+    """The mean of x xᵀ of every linear module of the layers, float64, by its tensor; short tokens lifted or not."""
     windows = windows_asked(open_checkpoint(str(folder)), Calibration(data=(str(text),), samples=8, seqlen=48))
     names = {module: name for name, module in model.named_modules()}
     found: dict[str, Tensor] = {}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].flatten(0, 1).double()
+        flat = args[0].flatten(0, 1)  # as a Conv1D multiplies them: of windows nothing is known there
+        rows = flat.double() * (lifts(flat if isinstance(module, Conv1D) else args[0]) if lifted else 1)
         found[f"{names[module]}.weight"] = rows.T @ rows / len(rows)
 
     linears = [each for block in blocks(model) for each in block.modules() if isinstance(each, nn.Linear | Conv1D)]
@@ -87,13 +89,15 @@ def second(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: gram for name, gram in found.items() if ".1." in name}
 
 
+@pytest.mark.parametrize("lift", ["--lift", "--no-lift"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sparsegpt_starts_from_what_the_model_feeds_the_first_block(
-    name: str, full: Full, prune: Prune, text: Path
+    name: str, lift: str, full: Full, prune: Prune, text: Path
 ) -> None:
     model, folder = full(name)
-    before, after = matrices(folder), matrices(prune(folder, "-m", "sparsegpt", "--sparsity", "0.6", "--no-sequential"))
-    for tensor, gram in grams(model, text, folder).items():
+    asked = ["-m", "sparsegpt", "--sparsity", "0.6", "--no-sequential", lift]
+    before, after = matrices(folder), matrices(prune(folder, *asked))
+    for tensor, gram in grams(model, text, folder, lifted=lift == "--lift").items():
         if ".0." in tensor:
             found = sparsegpt(before[tensor].contiguous(), gram.float(), Sparsity(share=0.6))
             assert torch.equal(after[tensor] != 0, found.keep)
@@ -146,6 +150,35 @@ def test_saved_statistics_are_of_the_dense_model(full: Full, prune: Prune, text:
         out = prune(folder, "-m", *flags, "--stats", str(stats), name=flags[0])
         report = manifest(out)["report"]
         assert len(report) == 8 and all(0 < each["output_error"] < 1 for each in report.values())
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_sparsegpt_goes_by_lifted_tokens_and_tells_of_others(
+    lifted: bool, full: Full, prune: Prune, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From text and from statistics the first layer is the same, as nothing was changed before it."""
+    _, folder = full("llama")
+    stats, asked = tmp_path / "stats", ["-m", "sparsegpt", "--sparsity", "0.5"]
+    calibration = ["--calib", str(text), "--samples", "8", "--seqlen", "48"]
+    lift, other = ("--lift", "--no-lift") if lifted else ("--no-lift", "--lift")
+    gathered = ["--lift"] if lifted else []
+    assert run(["calibrate", str(folder), *calibration, *gathered, "-o", str(stats), "--quiet"]) == 0
+    walked = matrices(prune(folder, *asked, "--no-sequential", *([] if lifted else [lift]), name="walked"))
+    capsys.readouterr()
+    saved = matrices(prune(folder, *asked, "--stats", str(stats), lift, name="saved"))
+    assert "lifted" not in capsys.readouterr().err
+    first = [name for name in walked if ".0." in name]
+    assert len(first) == 7 and all(torch.equal(walked[name], saved[name]) for name in first)
+    otherwise = matrices(prune(folder, *asked, "--no-sequential", other, name="otherwise"))
+    assert any(not torch.equal(walked[name], otherwise[name]) for name in first)
+    told = f"{stats}: these statistics {'are of lifted tokens' if lifted else 'count all tokens alike'}"
+    assert (
+        run(["prune", str(folder), *asked, "--stats", str(stats), other, "--dry-run", "-o", str(tmp_path / "o")]) == 0
+    )
+    assert told in capsys.readouterr().out
+    blind = ["-m", "magnitude", "--sparsity", "0.5", "--stats", str(stats), "--dry-run", "-o", str(tmp_path / "o")]
+    assert run(["prune", str(folder), *blind]) == 0
+    assert "these statistics" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", SPARSE)

@@ -26,7 +26,7 @@ def test_several_sparsities_are_those_of_the_saved_statistics(
     out = prune(folder, "-m", "sparsegpt", "--sparsity", "0.3", "--sparsity", "0.5")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the statistics are gone
     stats = tmp_path / "stats"
-    assert run(["calibrate", str(folder), "--calib", str(text), *TEXT, "-o", str(stats), "-q"]) == 0
+    assert run(["calibrate", str(folder), "--calib", str(text), *TEXT, "--lift", "-o", str(stats), "-q"]) == 0
     for share in ("0.3", "0.5"):
         alone = prune(folder, "-m", "sparsegpt", "--sparsity", share, "--stats", str(stats), name=share)
         assert contents(out / share)["model.safetensors"] == contents(alone)["model.safetensors"]

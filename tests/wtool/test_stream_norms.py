@@ -74,7 +74,7 @@ def test_norms_beside_each_other_both_count(tmp_path: Path) -> None:
     model = with_random_norms(GPTNeoXForCausalLM(config))
     saved(model, tmp_path / "model")
     both = [
-        model.get_parameter(f"gpt_neox.layers.1.{name}.weight")
+        model.get_parameter(f"gpt_neox.layers.1.{name}.weight").data
         for name in ("input_layernorm", "post_attention_layernorm")
     ]
     after = found(tmp_path / "model")[0]
