@@ -1,6 +1,7 @@
 """How much each matrix can lose, as the dense model tells: one run on calibration text that changes nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +83,8 @@ def by_energy(
         for name, layer in layers.items():
             look(name, _matrix(source, layer), Fed())
     else:
-        _look(recipe, source, layers, statistics, windows, where, start, Gram, look)
+        kind = partial(Gram, lifted=recipe.lifts)
+        _look(recipe, source, layers, statistics, windows, where, start, kind, look)
     for name in layers.keys() - energies.keys():
         look(name, _matrix(source, layers[name]), Fed())
     shapes = {name: layer.linear.shape for name, layer in layers.items()}

@@ -67,7 +67,9 @@ def prune(
     damping: Annotated[float | None, typer.Option(help="share of the mean diagonal to add [default: 0.01]")] = None,
     lift: Annotated[
         bool | None,
-        typer.Option(help="sparsegpt: count short tokens, as the first is, like one of usual length [default: yes]"),
+        typer.Option(
+            help="sparsegpt, svd-llm: count short tokens, as the first is, like one of usual length [default: yes]"
+        ),
     ] = None,
     pack: Annotated[bool, typer.Option("--pack", help="store a bit for every weight and those that stay")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="modules to leave as they are")] = None,

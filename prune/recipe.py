@@ -119,7 +119,7 @@ class PruneRecipe(BaseModel):
     )
     lift: bool = Field(
         default=True,
-        description="sparsegpt: short tokens, the first of a window above all, count like longer ones",
+        description="sparsegpt, svd-llm: short tokens, the first of a window above all, count like longer ones",
     )
     pack: bool = Field(
         default=False, description="a bit for every weight and the ones that stay, in the place of zeros"
@@ -152,7 +152,7 @@ class PruneRecipe(BaseModel):
     @property
     def lifts(self) -> bool:
         """Whether Gram matrices are of lifted tokens (`wtool.statistics.lifts`)."""
-        return self.lift and self.method == "sparsegpt"
+        return self.lift and self.method is not None and METHODS[self.method].gathers == "gram"
 
     @property
     def grid(self) -> Grid | None:

@@ -97,13 +97,13 @@ def parity(bench: Bench) -> Iterator[Case]:
     """The same matrices by both tools, everything in float32.
 
     `fed`: every layer sees what the pruned ones before it make of the text, so one weight that is chosen otherwise
-    changes all layers after it. `dense`: every layer sees the whole model's inputs.
+    changes all layers after it. `dense`: every layer sees the whole model's inputs. Tokens count alike, as there.
     """
     exact, statistics = bench.out("float32"), "parity-statistics"
     if not exact.exists():
         subprocess.run([sys.executable, str(PEERS / "as_float32.py"), str(bench.model), str(exact)], check=True)
     yield bench.wtool(statistics, *EXACT, model=exact, verb="calibrate")
-    own = {"fed": (*EXACT, "--no-sequential"), "dense": ("--stats", str(bench.out(statistics)))}
+    own = {"fed": (*EXACT, "--no-sequential", "--no-lift"), "dense": ("--stats", str(bench.out(statistics)))}
     for method, amount, inputs in product(("wanda", "sparsegpt"), ("0.5", "2:4"), own):
         yield bench.wtool(
             f"parity-wtool_{method}_{inputs}-{amount}", *_method(method, amount), *own[inputs], model=exact

@@ -22,6 +22,7 @@ from wtool.calibration_data.for_model import windows_asked
 from wtool.checkpoint import Checkpoint
 from wtool.cli import run
 from wtool.recipe_parts import Calibration
+from wtool.statistics import lifts
 
 IDS = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(2))
 WINDOWS = Windows(IDS, None, {})
@@ -109,15 +110,18 @@ def test_shares_of_blocks_come_to_the_share_of_all_weights(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("method", ["svd", "svd-llm"])
-def test_ranks_by_the_energy_of_outputs_hold_no_more_than_asked(method: str, ratio: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "lift"), [("svd", True), ("svd-llm", True), ("svd-llm", False)])
+def test_ranks_by_the_energy_of_outputs_hold_no_more_than_asked(
+    method: str, lift: bool, ratio: float, tmp_path: Path
+) -> None:
     model = outlying(tmp_path)
     windows = None if method == "svd" else WINDOWS
-    told = found(by_energy, tmp_path, windows, method=method, rank_ratio=ratio)
+    told = found(by_energy, tmp_path, windows, method=method, rank_ratio=ratio, lift=lift)
     weights, inputs = dict(model.named_parameters()), fed(model)
     energies, shapes = {}, {}
     for name, x in inputs.items():
         weight = weights[name].detach().double()
+        x = x * lifts(x.view(*IDS.shape, -1)) if lift else x
         outputs = weight if method == "svd" else weight @ x.T / len(x) ** 0.5
         energies[name] = torch.linalg.svdvals(outputs)[: min(weight.shape)].square()
         shapes[name] = (weight.shape[0], weight.shape[1])
@@ -139,7 +143,7 @@ def test_saved_statistics_tell_the_same(text: Path, tmp_path: Path) -> None:
     windows = windows_asked(source, Calibration(data=(str(text),), samples=4, seqlen=24))
     for how, asked in (
         (by_outliers, {"method": "wanda", "sparsity": 0.5, "layer_ratios": "owl", "owl_times_mean": 3}),
-        (by_energy, {"method": "svd-llm", "rank_ratio": 0.5}),
+        (by_energy, {"method": "svd-llm", "rank_ratio": 0.5, "lift": False}),
     ):
         walked = found(how, folder, windows, **asked)
         told = found(how, folder, None, **asked, statistics=str(stats))
