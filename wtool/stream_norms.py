@@ -30,9 +30,9 @@ def gains_after(forward: Forward, tokens: Tensor) -> Tensor | None:
     """
     network, index = forward.network, forward.block.index
     if index + 1 < len(network.blocks):
-        after = network.blocks[index + 1]
-        here = dict(after.module.named_modules())
-        names = [f"{after.name}.{name}" for name in _read_in(forward) if name in here]
+        after, features = network.blocks[index + 1], forward.hidden[0].shape[-1:]
+        there = {name for name, module in after.module.named_modules() if _is_norm(module, features)}
+        names = [f"{after.name}.{name}" for name in _read_in(forward) if name in there]
     else:
         names = _read_at_the_end(network, tokens[:1])
     if not names:
@@ -59,7 +59,7 @@ def _read_in(forward: Forward) -> list[str]:
     met: dict[str, None] = {}
 
     def meet(name: str, module: nn.Module, fed: Any) -> None:
-        if _is_norm_of(module, fed, given[0]):
+        if _is_norm(module, given[0].shape[-1:]) and _is(fed, given[0]):
             met[name] = None
 
     block = forward.block.module
@@ -90,7 +90,7 @@ def _read_at_the_end(network: Network, tokens: Tensor) -> list[str]:
 
     def meet(name: str, module: nn.Module, fed: Any) -> None:
         if last:
-            met.extend([name] if _is_norm_of(module, fed, last[0]) else [])
+            met.extend([name] if _is_norm(module, last[0].shape[-1:]) and _is(fed, last[0]) else [])
             raise _Reached
 
     blocks = tuple(f"{block.name}." for block in network.blocks)
@@ -117,11 +117,15 @@ def _told_of(modules: Mapping[str, nn.Module], meet: Met) -> list[RemovableHandl
     return [module.register_forward_pre_hook(hook_of(name)) for name, module in own.items()]
 
 
-def _is_norm_of(module: nn.Module, fed: Any, states: Tensor) -> bool:
-    """Whether a module is a norm as far as its parameters tell, and is fed the hidden states as they are."""
-    if not isinstance(fed, Tensor) or (fed.data_ptr(), fed.shape) != (states.data_ptr(), states.shape):
-        return False
-    return all(parameter.shape == states.shape[-1:] for parameter in module.parameters())
+def _is_norm(module: nn.Module, shape: torch.Size) -> bool:
+    """Whether a module is a norm as far as its parameters tell: vectors, as long as hidden states."""
+    shapes = {parameter.shape for parameter in module.parameters()}
+    return shapes == {shape}
+
+
+def _is(fed: Any, states: Tensor) -> bool:
+    """Whether what a module is called with are these hidden states, in the same memory."""
+    return isinstance(fed, Tensor) and (fed.data_ptr(), fed.shape) == (states.data_ptr(), states.shape)
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:
