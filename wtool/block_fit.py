@@ -92,9 +92,9 @@ def _error(output: Tensor, target: Tensor, gains: Tensor | None) -> Tensor:
     """The sum of a batch's squared errors, each feature times its gain, as a share of its token's mean square.
 
     What comes next is a norm, to which a token's length is nothing and a feature is what its weight lets through.
-    Without the shares the few tokens that are hundreds of times as long as others would rule the sum, and in these, in
-    all but few tokens of some models, a few features that the norm has small weights for (Sun et al., "Massive
-    Activations in Large Language Models", 2024, https://arxiv.org/abs/2402.17762).
+    Without the shares the few tokens that are hundreds of times as long as others would rule the sum (Sun et al.,
+    "Massive Activations in Large Language Models", 2024, https://arxiv.org/abs/2402.17762), and without the gains the
+    few features that are as long as that, for which norms have small weights.
     """
     target = target.to(output.device).float()
     error = output.float() - target

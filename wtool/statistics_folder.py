@@ -141,7 +141,7 @@ class Statistics:
             return [f"{self.matrices.label}: these statistics are of lifted tokens (`wtool calibrate --lift`)"]
         return [
             f"{self.matrices.label}: these statistics count all tokens alike, with which the result is worse; "
-            "`wtool calibrate --lift` gathers those that are taken on text"
+            "`wtool calibrate --lift` gathers those that a run on text takes"
         ]
 
     def squared_gradients(self, tensor: str) -> "torch.Tensor | None":
