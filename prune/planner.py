@@ -99,7 +99,7 @@ def plan_matrices(
         problems=_problems(layers),
         warnings=[
             *_warnings(recipe, source, layers),
-            *([] if statistics is None or _blind(recipe) else statistics.otherwise(recipe.lifts)),
+            *(statistics.otherwise(recipe.lifts) if statistics is not None and recipe.by_inputs else []),
         ],
         about={"left": left, "summary": _summary(source, steps, layers)},
         work=_work(recipe, source, steps),
@@ -161,11 +161,6 @@ def _problems(layers: Mapping[str, Layer]) -> list[str]:
     coded = {name: layer for name, layer in layers.items() if layer.scheme is not None}
     found = ((name, CODES.unfit(layer.linear.shape, layer.scheme)) for name, layer in coded.items() if layer.scheme)
     return [f"'{name}': {reason}" for name, reason in found if reason]
-
-
-def _blind(recipe: PruneRecipe) -> bool:
-    """Whether a method looks at nothing but weights."""
-    return recipe.method is not None and METHODS[recipe.method].gathers == "nothing"
 
 
 def _warnings(recipe: PruneRecipe, source: Checkpoint, layers: Mapping[str, Layer]) -> list[str]:

@@ -150,6 +150,12 @@ class PruneRecipe(BaseModel):
         return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
+    def by_inputs(self) -> bool:
+        """Whether a method looks at more than weights."""
+        assert self.method is not None
+        return METHODS[self.method].gathers != "nothing" or self.layer_ratios == "owl"
+
+    @property
     def lifts(self) -> bool:
         """Whether Gram matrices are of lifted tokens (`wtool.statistics.lifts`)."""
         return self.lift and self.method is not None and METHODS[self.method].gathers == "gram"

@@ -11,7 +11,7 @@ from wtool.statistics_folder import Statistics
 from wtool.writer import Writer
 
 from .planner import Found, PrunePlan
-from .recipe import METHODS, PruneRecipe
+from .recipe import PruneRecipe
 
 if TYPE_CHECKING:
     from wtool.calibrate import Where
@@ -27,7 +27,7 @@ def needs_text(recipe: PruneRecipe) -> bool:
         return recipe.by_text
     if recipe.statistics is not None:
         return False
-    return METHODS[recipe.method].gathers != "nothing" or recipe.layer_ratios == "owl"
+    return recipe.by_inputs
 
 
 def found_out(

@@ -59,7 +59,7 @@ def _read_in(forward: Forward) -> list[str]:
     met: dict[str, None] = {}
 
     def meet(name: str, module: nn.Module, fed: Any) -> None:
-        if _is_norm(module, given[0].shape[-1:]) and _is(fed, given[0]):
+        if _is_norm(module, given[0].shape[-1:]) and _is_fed(fed, given[0]):
             met[name] = None
 
     block = forward.block.module
@@ -90,7 +90,7 @@ def _read_at_the_end(network: Network, tokens: Tensor) -> list[str]:
 
     def meet(name: str, module: nn.Module, fed: Any) -> None:
         if last:
-            met.extend([name] if _is_norm(module, last[0].shape[-1:]) and _is(fed, last[0]) else [])
+            met.extend([name] if _is_norm(module, last[0].shape[-1:]) and _is_fed(fed, last[0]) else [])
             raise _Reached
 
     blocks = tuple(f"{block.name}." for block in network.blocks)
@@ -123,7 +123,7 @@ def _is_norm(module: nn.Module, shape: torch.Size) -> bool:
     return shapes == {shape}
 
 
-def _is(fed: Any, states: Tensor) -> bool:
+def _is_fed(fed: Any, states: Tensor) -> bool:
     """Whether what a module is called with are these hidden states, in the same memory."""
     return isinstance(fed, Tensor) and (fed.data_ptr(), fed.shape) == (states.data_ptr(), states.shape)
 

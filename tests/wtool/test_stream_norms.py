@@ -27,16 +27,16 @@ def with_random_norms(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def found(folder: Path, dtype: str = "F32") -> list[Tensor | None]:
+def found(folder: Path) -> list[Tensor | None]:
     """The gains after each block of a saved model."""
-    network = calibrate.network(open_checkpoint(str(folder)), calibrate.Where(dtype=dtype))
-    hidden, visitor, gathered = HiddenStates(torch.device("cpu"), None), None, []
+    network = calibrate.network(open_checkpoint(str(folder)), calibrate.Where(dtype="F32"))
+    hidden, gathered = HiddenStates(torch.device("cpu"), None), []
+    visitor: Any = None  # nothing is visited
     with torch.no_grad():
         calls = calibrate.first_inputs(network, [TOKENS[None]], hidden)
         for block in network.blocks:
             with network.filled(block):
-                unused: Any = visitor
-                forward = Forward(network, block, [calls[0][block.index]], hidden, unused, lambda done: None)
+                forward = Forward(network, block, [calls[0][block.index]], hidden, visitor, lambda done: None)
                 gathered.append(gains_after(forward, TOKENS))
             assert all(parameter.is_meta for parameter in network.model.parameters())
     return gathered
