@@ -97,7 +97,7 @@ def defined(name: str, tensors: Tensors) -> Tensor:
     definition = next(getattr(module, called) for module in DEFINITIONS if hasattr(module, called))
     if name.startswith("dare"):
         masks = [
-            RandomMask(key, share).fill(0, torch.empty(base.numel())).bool().tolist()
+            RandomMask(key, share).take(0, base.numel()).tolist()
             for key, share in zip(keys(models), asked["density"], strict=True)
         ]
         asked |= {"masks": masks, "rescale": "density", "elect": name == "dare_ties"}

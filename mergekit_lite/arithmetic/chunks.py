@@ -1,22 +1,33 @@
-"""The walk through tensors in pieces that fit the processor's cache.
+"""The walk through tensors in pieces, as arrays for the compiled loops (`kernels`).
 
 Merging is bound by memory traffic: a whole-tensor expression writes and reads every intermediate result through
-main memory, and a float32 copy of a bfloat16 embedding is twice the embedding. In pieces, intermediates never
-leave the cache, and the memory above inputs and output is a few pieces, whatever the tensor's size.
+main memory, and a float32 copy of a bfloat16 embedding is twice the embedding. The loops keep what is between inputs
+and output in the processor's cache, and read bfloat16, float32 and float64 from where they lie. Other types, and
+tensors of several types, are converted a piece at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements; decided by benchmarks/merge
+CHUNK = 1 << 18  # elements
 
-Kernel = Callable[[int, list[Tensor], list[Tensor]], Tensor]
-"""(first element, the inputs' pieces in the working type, spare pieces) -> the result's piece.
+Array = NDArray[Any]
+Kernel = Callable[[int, tuple[Array, ...], Array], None]
+"""(first element, the inputs' pieces, the result's piece to fill)."""
 
-A kernel may overwrite all pieces it is given, and return any of them.
-"""
+
+@cache
+def kernels() -> Any:
+    """The compiled loops: what compiles them takes a third of a second to import, which simple methods do without."""
+    from . import kernels
+
+    return kernels
 
 
 def working_type(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -34,31 +45,62 @@ def result_type(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> torch.d
     return found
 
 
-def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield (first element, the tensors' pieces in the working type); the pieces' memory is used again."""
-    kind = working_type(tensors)
+def of_working_type(tensors: Sequence[Tensor], values: Any) -> Array:
+    """Numbers in the type of the arithmetic."""
+    return np.asarray(values, dtype=_numpy_type(tensors))
+
+
+def empty(tensors: Sequence[Tensor], *shape: int) -> Array:
+    """Memory for numbers in the type of the arithmetic."""
+    return np.empty(shape, dtype=_numpy_type(tensors))
+
+
+def work(tensors: Sequence[Tensor], rows: int) -> Array:
+    """Room for the loops, in the type of the arithmetic [rows, BLOCK]."""
+    return empty(tensors, rows, kernels().BLOCK)
+
+
+def _numpy_type(tensors: Sequence[Tensor]) -> type[np.floating]:
+    return np.float64 if working_type(tensors) == torch.float64 else np.float32
+
+
+def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    """Yield (first element, the tensors' pieces), to be read only; the memory is used again."""
     flat = [tensor.reshape(-1) for tensor in tensors]
-    buffers = [torch.empty(min(CHUNK, flat[0].numel()), dtype=kind) for _ in flat]
-    for begin in range(0, flat[0].numel(), CHUNK):
-        end = min(begin + CHUNK, flat[0].numel())
-        yield (
-            begin,
-            [buffer[: end - begin].copy_(tensor[begin:end]) for buffer, tensor in zip(buffers, flat, strict=True)],
-        )
+    size, types = flat[0].numel(), {tensor.dtype for tensor in tensors}
+    if len(types) == 1 and (arrays := [_view(tensor) for tensor in flat]) and arrays[0] is not None:
+        for begin in range(0, size, CHUNK):
+            yield begin, tuple(array[begin : begin + CHUNK] for array in arrays if array is not None)
+        return
+    buffers = [torch.empty(min(CHUNK, size), dtype=working_type(tensors)) for _ in flat]
+    for begin in range(0, size, CHUNK):
+        end = min(begin + CHUNK, size)
+        parts = [buffer[: end - begin].copy_(part[begin:end]) for buffer, part in zip(buffers, flat, strict=True)]
+        yield begin, tuple(part.numpy() for part in parts)
 
 
-def apply(kernel: Kernel, tensors: Sequence[Tensor], *, spare: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
     """Compute a tensor piece by piece.
 
     tensors: of one shape, any float types
-    spare:   how many further pieces the kernel wants for intermediate results
     dtype:   of the result; the inputs' (promoted) if None
     """
     result = torch.empty(tensors[0].shape, dtype=result_type(tensors, dtype))
     flat = result.view(-1)
-    kind = working_type(tensors)
-    spares = [torch.empty(min(CHUNK, flat.numel()), dtype=kind) for _ in range(spare)]
+    direct = _view(flat)
+    buffer = torch.empty(0 if direct is not None else min(CHUNK, flat.numel()), dtype=working_type(tensors))
     for begin, parts in pieces(tensors):
-        size = parts[0].numel()
-        flat[begin : begin + size].copy_(kernel(begin, parts, [buffer[:size] for buffer in spares]))
+        end = begin + parts[0].size
+        if direct is not None:
+            kernel(begin, parts, direct[begin:end])
+        else:
+            kernel(begin, parts, buffer.numpy()[: end - begin])
+            flat[begin:end].copy_(buffer[: end - begin])
     return result
+
+
+def _view(flat: Tensor) -> Array | None:
+    """A tensor's memory as the loops read and write it; None if they do not."""
+    if flat.dtype == torch.bfloat16:
+        return flat.detach().view(torch.uint16).numpy()
+    return flat.detach().numpy() if flat.dtype in (torch.float32, torch.float64) else None

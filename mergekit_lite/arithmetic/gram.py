@@ -11,14 +11,14 @@ A vector is a tensor, or each row or column of it. By vectors, one walk does bot
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..methods.linear import linear
 from . import chunks
-from .task_vectors import merge_task_vectors
+from .task_vectors import WHOLE, merge_task_vectors
 
-PIECE = 1 << 16  # elements whose float64 copies, of a few tensors, fit the cache
 Factors = Callable[[Tensor], Tensor]
 """From Gram matrices [vectors, N, N] to what each model's vectors are multiplied by [vectors, N], both in float64."""
 
@@ -42,7 +42,7 @@ def combine(
     shares = factors(gram(base, models)[None])[0].tolist()
     if base is None:
         return linear(models, weight=shares, normalize=False, dtype=dtype)
-    thin = [None] * len(models)
+    thin = [WHOLE] * len(models)
     return merge_task_vectors(
         base, models, thin=thin, weight=shares, elect=False, normalize=False, scale=1.0, dtype=dtype
     )
@@ -50,20 +50,12 @@ def combine(
 
 def gram(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     """The dot products of N tensors, each taken as one vector (less the base): [N, N], float64."""
-    flat = [tensor.reshape(-1) for tensor in (models if base is None else [*models, base])]
-    count, size = len(models), flat[0].numel()
-    step = min(chunks.CHUNK, PIECE)
-    buffer = torch.empty(len(flat), min(step, size), dtype=torch.float64)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for begin in range(0, size, step):
-        part = buffer[:, : min(step, size - begin)]
-        for row, tensor in zip(part, flat, strict=True):
-            row.copy_(tensor[begin : begin + step])
-        vectors = part[:count]
-        if base is not None:
-            vectors.sub_(part[count])
-        total.addmm_(vectors, vectors.mT)
-    return total
+    tensors = models if base is None else [*models, base]
+    total = np.zeros((len(models), len(models)))
+    work = np.empty((len(tensors), chunks.kernels().BLOCK))
+    for _, parts in chunks.pieces(tensors):
+        chunks.kernels().gram(parts, total, work, base is not None)
+    return torch.from_numpy(total)
 
 
 def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,7 @@ number of workers, the other models, or the pieces in which the tensor is walked
 import hashlib
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 LEVELS = 1 << 16  # a density is honoured to the nearest multiple of 1 / LEVELS
 _PER_DRAW = 4  # elements for each 64 bits drawn
@@ -55,12 +53,11 @@ class RandomMask:
         self.effective = self._level / LEVELS
         self._bits = RandomBits(key)
 
-    def fill(self, begin: int, out: Tensor) -> Tensor:
-        """Write 1 where an element is kept and 0 where it is dropped.
+    def take(self, begin: int, count: int) -> NDArray[np.bool_]:
+        """Whether elements are kept.
 
         begin: the number of the first element
         """
         if self._level == LEVELS:
-            return out.fill_(1.0)
-        numbers = self._bits.take(begin, out.numel())
-        return out.copy_(torch.from_numpy((numbers < self._level).view(np.uint8)))
+            return np.ones(count, dtype=bool)
+        return self._bits.take(begin, count) < self._level

@@ -3,15 +3,16 @@
 A magnitude is whatever a method ranks elements by (the size of a task vector, the variance over models), computed
 piece by piece. The threshold is the k-th largest. A sample of the elements tells a narrow bracket around it; one walk
 counts the elements above the bracket and gathers the few inside, among which the threshold is found exactly. Where
-the sample misled, a wider bracket is tried. Where that fails too (or too many elements are inside, as with many equal
-values), two walks with histograms over the halves of the float's bits find it exactly in constant memory.
+the sample misled, a wider bracket is tried. Where that fails too, two walks with histograms over the halves of the
+float's bits find it exactly in constant memory. Fine-tunings stored in 16 bits differ from their base by few different
+amounts: where many of the sample are equal to the one at the threshold's place in it, one walk tells if it is that.
 
 Ties at the threshold are broken by position: earlier elements are kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil, floor, inf, nextafter, sqrt
+from dataclasses import dataclass, field
+from math import ceil, floor, inf, isnan, sqrt
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from torch import Tensor
 from . import chunks
 
 SAMPLE = 1 << 17  # elements
-SAMPLE_RUN = 32  # consecutive ones, as memory is read by the line
+SAMPLE_RUN = 64  # consecutive ones, as memory is read by the line
 MARGINS = (4.0, 40.0)  # half the bracket's width, in standard errors of the sample
 MAX_INSIDE = 0.2  # share of the elements that may lie inside the bracket
-
+MANY = 0.1  # share of equal ones in the sample from which they are counted and not gathered
 
 @dataclass(frozen=True)
 class Cut:
@@ -33,39 +34,16 @@ class Cut:
     magnitude: float
     ties_end: int
 
-    def mask(self, begin: int, magnitude: Tensor) -> Tensor:
-        """Turn a piece of the magnitudes, in place, into 1 where the element is kept and 0 where it is not."""
-        ties = self._ties(begin, magnitude)
-        magnitude[:ties].ge_(self.magnitude)
-        magnitude[ties:].gt_(self.magnitude)
-        return magnitude
 
-    def shrink(self, begin: int, part: Tensor) -> None:
-        """Set to 0, in place, what is not kept of a piece of the vector whose absolute values are the magnitudes."""
-        # hardshrink keeps |d| > threshold: just below the magnitude, it keeps the ties too
-        ties = self._ties(begin, part)
-        for piece, threshold in ((part[:ties], self._below(part.dtype)), (part[ties:], self.magnitude)):
-            if piece.numel():
-                torch.hardshrink(piece, threshold, out=piece)
-
-    def _ties(self, begin: int, part: Tensor) -> int:
-        return min(max(self.ties_end - begin, 0), part.numel())
-
-    def _below(self, dtype: torch.dtype) -> float:
-        if dtype == torch.float64:
-            return nextafter(self.magnitude, -inf)
-        return float(np.nextafter(np.float32(self.magnitude), np.float32(-inf)))
-
-
-Magnitude = Callable[[list[Tensor]], Tensor]
-"""The tensors' pieces in the working type, which it may overwrite -> what their elements are ranked by, 0 or more."""
+Fill = Callable[[tuple[chunks.Array, ...], NDArray[np.floating], chunks.Array], None]
+"""(The tensors' pieces, their magnitudes to fill in, room for the loops)."""
 
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """What the elements of tensors of one shape are ranked by."""
+    """What the elements of tensors of one shape are ranked by, 0 or more."""
 
-    of: Magnitude
+    fill: Fill
     tensors: Sequence[Tensor]
 
     @property
@@ -74,32 +52,37 @@ class Magnitudes:
 
     def pieces(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
         """Yield (first element, magnitudes); the memory is used again."""
+        found = chunks.empty(self.tensors, min(chunks.CHUNK, self.count))
+        work = chunks.work(self.tensors, len(self.tensors) + 2)
         for begin, parts in chunks.pieces(self.tensors):
-            yield begin, self.of(parts).numpy()
+            piece = found[: parts[0].size]
+            self.fill(parts, piece, work)
+            yield begin, piece
 
     def piece(self, begin: int) -> NDArray[np.floating]:
         """The magnitudes of the piece that begins with an element."""
         rows = slice(begin, min(begin + chunks.CHUNK, self.count))
-        ((_, magnitude),) = Magnitudes(self.of, [tensor.reshape(-1)[rows] for tensor in self.tensors]).pieces()
+        ((_, magnitude),) = Magnitudes(self.fill, [tensor.reshape(-1)[rows] for tensor in self.tensors]).pieces()
         return magnitude
 
     def sample(self) -> NDArray[np.floating]:
-        """Of runs of elements spread evenly over the tensors; of all where they are few."""
-        kind = chunks.working_type(self.tensors)
+        """Of runs of elements spread evenly over the tensors, of all where they are few; in ascending order."""
         flat = [tensor.reshape(-1) for tensor in self.tensors]
         runs = SAMPLE // SAMPLE_RUN
         if self.count >= 4 * SAMPLE:
             stride = self.count // runs - 1 | 1  # odd, so that the runs do not stand below each other in a matrix
-            flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN] for part in flat]
-        return self.of([part.to(kind, copy=True).reshape(-1) for part in flat]).numpy()
+            flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN].contiguous() for part in flat]
+        return np.sort(np.concatenate([piece.copy() for _, piece in Magnitudes(self.fill, flat).pieces()]))
 
 
-def largest(base: Tensor, model: Tensor, *, keep: int) -> Cut:
-    """Find the `keep` elements of largest |model - base|, computed in the working type.
+def distances(base: Tensor, model: Tensor) -> Magnitudes:
+    """|model - base|, computed in the working type."""
+    return Magnitudes(lambda parts, out, work: chunks.kernels().distance(*parts, out, work), (base, model))
 
-    keep: between 0 and the number of elements
-    """
-    return top(distances(base, model), keep=keep)
+
+def spreads(models: Sequence[Tensor]) -> Magnitudes:
+    """How far models lie apart: of two the distance, of more their variance times their number."""
+    return Magnitudes(lambda parts, out, work: chunks.kernels().spread(parts, out, work), models)
 
 
 def top(magnitudes: Magnitudes, *, keep: int) -> Cut:
@@ -107,57 +90,117 @@ def top(magnitudes: Magnitudes, *, keep: int) -> Cut:
 
     keep: between 0 and the number of elements
     """
-    if keep >= magnitudes.count:
-        return Cut(magnitude=-1.0, ties_end=magnitudes.count)
-    if keep == 0:
-        return Cut(magnitude=inf, ties_end=0)
-    sample = magnitudes.sample()
-    for margin in MARGINS:
-        if cut := _by_bracket(magnitudes, keep, *_bracket(sample, 1.0 - keep / magnitudes.count, margin)):
-            return cut
-    return _by_histogram(magnitudes, keep)
+    return tops(magnitudes, keep=[keep])[0]
 
 
-def distances(base: Tensor, model: Tensor) -> Magnitudes:
-    """|model - base|, computed in the working type."""
-    return Magnitudes(lambda parts: parts[1].sub_(parts[0]).abs_(), (base, model))
+def tops(magnitudes: Magnitudes, *, keep: Sequence[int]) -> list[Cut]:
+    """The same for several numbers of elements, in one walk."""
+    count = magnitudes.count
+    found = {0: Cut(magnitude=inf, ties_end=0), count: Cut(magnitude=-1.0, ties_end=count)}
+    if any(number not in found for number in keep):
+        sample = magnitudes.sample()
+        for find in (_by_equals, *(_Brackets(margin) for margin in MARGINS), _by_histograms):
+            if wanted := sorted({number for number in keep if number not in found}):
+                found |= find(magnitudes, sample, wanted)
+    return [found[number] for number in keep]
 
 
-def _by_bracket(magnitudes: Magnitudes, keep: int, low: float, high: float) -> Cut | None:
-    """Find the threshold if it lies between two magnitudes that few elements lie between; else None."""
-    above, gathered, inside = 0, 0, []
-    most_inside = max(MAX_INSIDE * magnitudes.count, chunks.CHUNK)
-    is_above, is_inside = np.empty(chunks.CHUNK, dtype=bool), np.empty(chunks.CHUNK, dtype=bool)
-    for _, magnitude in magnitudes.pieces():
-        over = np.greater(magnitude, high, out=is_above[: magnitude.size])
-        within = np.greater_equal(magnitude, low, out=is_inside[: magnitude.size])
-        above += int(np.count_nonzero(over))
-        inside.append(magnitude[np.not_equal(within, over, out=within)])
-        gathered += inside[-1].size
-        if above >= keep or gathered > most_inside:
+def _by_equals(magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
+    """Where many of the sample are equal to what its order tells of a threshold, see if it is that."""
+    found = {}
+    for keep in wanted:
+        value = sample[min(int((1.0 - keep / magnitudes.count) * sample.size), sample.size - 1)]
+        first, last = np.searchsorted(sample, value), np.searchsorted(sample, value, side="right")
+        if last - first < MANY * sample.size:
+            continue
+        above, ties = 0, []
+        for _, magnitude in magnitudes.pieces():
+            above += int(np.count_nonzero(magnitude > value))
+            ties.append(int(np.count_nonzero(magnitude == value)))
+        if above < keep <= above + sum(ties):
+            found[keep] = Cut(float(value), _ties_end(magnitudes, float(value), keep - above, ties))
+    return found
+
+
+@dataclass(frozen=True)
+class _Brackets:
+    """Finds thresholds that lie where a sample says, with few elements around them.
+
+    margin: half the bracket's width, in standard errors of the sample
+    """
+
+    margin: float
+
+    def __call__(
+        self, magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]
+    ) -> dict[int, Cut]:
+        count = magnitudes.count
+        searches = [_Search(magnitudes, n, *_bracket(sample, 1.0 - n / count, self.margin)) for n in wanted]
+        pool = np.empty(min(chunks.CHUNK, count) + 1, dtype=sample.dtype)
+        flags = np.empty(chunks.kernels().BLOCK, dtype=np.uint8)
+        for _, piece in magnitudes.pieces():
+            hopeful = [search for search in searches if not search.is_lost]
+            if not hopeful:
+                break
+            for search in hopeful:
+                search.look(piece, pool, flags)
+        found = {search.keep: search.cut() for search in searches}
+        return {keep: cut for keep, cut in found.items() if cut}
+
+
+@dataclass
+class _Search:
+    """Counts the elements above a bracket, and gathers those inside it."""
+
+    magnitudes: Magnitudes
+    keep: int
+    low: float
+    high: float
+    above: int = 0
+    gathered: int = 0
+    inside: list[NDArray[np.floating]] = field(default_factory=list)  # of each piece
+
+    @property
+    def is_lost(self) -> bool:
+        return self.above >= self.keep or self.gathered > max(MAX_INSIDE * self.magnitudes.count, chunks.CHUNK)
+
+    def look(self, piece: NDArray[np.floating], pool: NDArray[np.floating], flags: NDArray[np.uint8]) -> None:
+        """Go on with a piece; pool and flags are room for what is found."""
+        low, high = piece.dtype.type(self.low), piece.dtype.type(self.high)
+        above, inside = chunks.kernels().scan(piece, low, high, pool, flags)
+        self.above += above
+        self.gathered += inside
+        self.inside.append(pool[:inside].copy())
+
+    def cut(self) -> Cut | None:
+        """None if the threshold is not inside."""
+        rank = self.keep - self.above  # of the threshold among the gathered, from the largest, from 1
+        if self.is_lost or rank > self.gathered:
             return None
-    rank = keep - above  # of the threshold among the gathered, from the largest, from 1
-    if rank > gathered:
-        return None
-    pool = np.concatenate(inside)
-    threshold = float(np.partition(pool, gathered - rank)[gathered - rank])
-    wanted = rank - int(np.count_nonzero(pool > threshold))  # ties to keep
-    return Cut(threshold, _ties_end(magnitudes, threshold, wanted, [int((p == threshold).sum()) for p in inside]))
+        pool = np.concatenate(self.inside)
+        pool.sort()  # many of them equal, which a partition takes ten times as long for
+        threshold = float(pool[-rank])
+        wanted = rank - (pool.size - int(np.searchsorted(pool, threshold, side="right")))  # ties to keep
+        ties = [int(np.count_nonzero(part == threshold)) for part in self.inside]
+        return Cut(threshold, _ties_end(self.magnitudes, threshold, wanted, ties))
 
 
 def _bracket(sample: NDArray[np.floating], share: float, margin: float) -> tuple[float, float]:
     """Magnitudes likely just below and just above the one that a share of all elements lies below.
 
+    sample: in ascending order
     margin: in standard errors
     """
     width = margin * sqrt(share * (1.0 - share) / sample.size) + 2.0 / sample.size
     low, high = floor((share - width) * sample.size), ceil((share + width) * sample.size)
-    ends = [end for end in (low, high) if 0 <= end < sample.size]
-    ordered = np.partition(sample, ends) if ends else sample
     return (
-        float(ordered[low]) if low >= 0 else 0.0,
-        float(ordered[high]) if high < sample.size else inf,
+        float(sample[low]) if low >= 0 else 0.0,
+        float(sample[high]) if high < sample.size else inf,
     )
+
+
+def _by_histograms(magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
+    return {keep: _by_histogram(magnitudes, keep) for keep in wanted}
 
 
 def _by_histogram(magnitudes: Magnitudes, keep: int) -> Cut:
@@ -176,6 +219,8 @@ def _by_histogram(magnitudes: Magnitudes, keep: int) -> Cut:
         left -= int(from_top[steps - 1]) if steps else 0
         prefix = prefix << 16 | (0xFFFF - steps)
     threshold = float(np.array([prefix], dtype=integer).view(np.float32 if bits == 32 else np.float64)[0])
+    if isnan(threshold):  # NaN is beyond all numbers, and is never cut
+        return Cut(magnitude=inf, ties_end=0)
     ties = [int(np.count_nonzero(magnitude == threshold)) for _, magnitude in magnitudes.pieces()]
     return Cut(threshold, _ties_end(magnitudes, threshold, left, ties))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import selection
-from ..arithmetic.task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
+from ..arithmetic.task_vectors import NOTHING, WHOLE, Thin, merge_task_vectors, rescaled
 from .ties import kept
 
 
@@ -70,20 +70,15 @@ def breadcrumbs_ties(
     )
 
 
-def _mask(base: Tensor, model: Tensor, density: float, gamma: float, rescale: bool) -> Thin | None:
+def _mask(base: Tensor, model: Tensor, density: float, gamma: float, rescale: bool) -> Thin:
     """From the largest magnitude on (of equal ones, the earlier first), skip the outliers and keep what follows."""
     elements = model.numel()
     keep = kept(density, elements)
     if keep >= elements:
-        return None
-    outliers = min(int(Fraction(str(gamma)) * elements), elements - keep) if keep else 0
-    to_last = selection.largest(base, model, keep=outliers + keep)
-    to_outlier = selection.largest(base, model, keep=outliers)
-
-    def mask(begin: int, part: Tensor, spare: Tensor) -> None:
-        if outliers:
-            to_outlier.shrink(begin, spare.copy_(part))
-            part.sub_(spare)
-        to_last.shrink(begin, part)
-
-    return rescaled(mask, length_ratio(base, model, mask)) if rescale else mask
+        return WHOLE
+    if not keep:
+        return NOTHING
+    outliers = min(int(Fraction(str(gamma)) * elements), elements - keep)
+    to_last, to_outlier = selection.tops(selection.distances(base, model), keep=[outliers + keep, outliers])
+    thin = Thin(kept=to_last, dropped=to_outlier)
+    return rescaled(thin, base, model) if rescale else thin

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.random_mask import RandomMask
-from ..arithmetic.task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
+from ..arithmetic.task_vectors import WHOLE, Thin, merge_task_vectors, rescaled
 
 Rescale = Literal["density", "l1", "none"]
 
@@ -70,16 +70,10 @@ def dare_ties(
     )
 
 
-def _drop(base: Tensor, model: Tensor, density: float, key: int, rescale: Rescale) -> Thin | None:
+def _drop(base: Tensor, model: Tensor, density: float, key: int, rescale: Rescale) -> Thin:
     if density >= 1.0:
-        return None
+        return WHOLE
     mask = RandomMask(key, density)
-
-    def drop(begin: int, part: Tensor, spare: Tensor) -> None:
-        part.mul_(mask.fill(begin, spare))
-
     if rescale == "l1":
-        return rescaled(drop, length_ratio(base, model, drop))
-    if rescale == "density" and mask.effective > 0:
-        return rescaled(drop, 1.0 / mask.effective)
-    return drop
+        return rescaled(Thin(factors=mask.take), base, model)
+    return Thin(factors=mask.take, times=1.0 / mask.effective if rescale == "density" and mask.effective else 1.0)

@@ -26,15 +26,17 @@ def linear(
     total = sum(weight) if normalize else 1.0
     if len(models) == 2 and normalize:
         return between(*models, share=weight[1] / total, dtype=dtype)
-    shares = [w / total for w in weight]
+    return weighted_sum(models, [w / total for w in weight], dtype)
 
-    def mean(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
-        out = parts[0].mul_(shares[0])
-        for part, share in zip(parts[1:], shares[1:], strict=True):
-            out.add_(part, alpha=share)
-        return out
 
-    return chunks.apply(mean, models, dtype=dtype)
+def weighted_sum(models: Sequence[Tensor], shares: Sequence[float], dtype: torch.dtype | None) -> Tensor:
+    """Return sum_i s_i theta_i."""
+    factors, work = chunks.of_working_type(models, shares), chunks.work(models, 2)
+
+    def add_up(_: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
+        chunks.kernels().weighted_sum(parts, out, work, factors)
+
+    return chunks.apply(add_up, models, dtype=dtype)
 
 
 def between(first: Tensor, second: Tensor, *, share: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,7 +48,9 @@ def between(first: Tensor, second: Tensor, *, share: float, dtype: torch.dtype |
     if first.dtype == second.dtype == result:  # torch computes 16-bit types in float32 here, and rounds once
         return torch.lerp(first, second, share)
 
-    def step(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
-        return torch.lerp(parts[0], parts[1], share, out=parts[0])
+    factor, work = chunks.of_working_type([first, second], share)[()], chunks.work([first, second], 2)
+
+    def step(_: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
+        chunks.kernels().between(*parts, out, work, factor)
 
     return chunks.apply(step, [first, second], dtype=result)

@@ -21,9 +21,9 @@ def nearswap(base: Tensor, models: Sequence[Tensor], *, t: float, dtype: torch.d
     """
     (model,) = models
 
-    def move(_: int, parts: list[Tensor], spare: list[Tensor]) -> Tensor:
-        original, other = parts
-        lowest = torch.sub(original, t, out=spare[0])
-        return torch.minimum(torch.maximum(other, lowest, out=other), original.add_(t), out=other)
+    most, work = chunks.of_working_type([base, model], t)[()], chunks.work([base, model], 2)
 
-    return chunks.apply(move, [base, model], spare=1, dtype=dtype)
+    def move(_: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
+        chunks.kernels().merge_near(*parts, out, work, most)
+
+    return chunks.apply(move, [base, model], dtype=dtype)

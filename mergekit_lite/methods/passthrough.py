@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arithmetic import chunks
+from .linear import weighted_sum
 
 
 def passthrough(models: Sequence[Tensor], *, scale: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -13,4 +13,4 @@ def passthrough(models: Sequence[Tensor], *, scale: float | None = None, dtype: 
     (model,) = models
     if scale is None or scale == 1.0:
         return model.to(dtype or model.dtype).contiguous()
-    return chunks.apply(lambda _, parts, __: parts[0].mul_(scale), [model], dtype=dtype)
+    return weighted_sum([model], [scale], dtype)

@@ -12,6 +12,7 @@ rho_i the ratio of shared to unique elements of model i, here of the tensor, as 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,42 +50,22 @@ def _merge(
     base: Tensor, models: Sequence[Tensor], boosts: Sequence[float], epsilon: float, dtype: torch.dtype | None
 ) -> Tensor:
     """boosts: lambda_i - 1"""
+    tensors = [base, *models]
+    times = chunks.of_working_type(tensors, [1.0 + boost for boost in boosts])
+    least, work = chunks.of_working_type(tensors, epsilon)[()], chunks.work(tensors, len(models) + 3)
 
-    def merge(_: int, parts: list[Tensor], spare: list[Tensor]) -> Tensor:
-        original, *changes = parts
-        count, aside, boosted = spare
-        _count_changes(original, changes, count, aside, epsilon)
-        if any(boosts):
-            boosted.zero_()
-            for part, boost in zip(changes, boosts, strict=True):
-                boosted.add_(part, alpha=boost)
-            boosted.mul_(torch.eq(count, 1.0, out=aside))
-        out = changes[0]
-        for part in changes[1:]:
-            out.add_(part)
-        out.div_(count.clamp_min_(1.0))
-        return original.add_(out.add_(boosted) if any(boosts) else out)
+    def merge(_: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
+        original, *tuned = parts
+        chunks.kernels().merge_unique(original, tuple(tuned), out, work, least, times)
 
-    return chunks.apply(merge, [base, *models], spare=3, dtype=chunks.result_type([base, *models], dtype))
+    return chunks.apply(merge, tensors, dtype=dtype)
 
 
 def _ratios(base: Tensor, models: Sequence[Tensor], epsilon: float) -> list[float]:
     """Of each model, the elements that others changed too for each that it changed alone; 0 where it has no such."""
-    changed, unique = [0] * len(models), [0] * len(models)
-    count, aside = torch.empty(2, chunks.CHUNK, dtype=chunks.working_type([base, *models]))
-    for _, (original, *changes) in chunks.pieces([base, *models]):
-        size = original.numel()
-        _count_changes(original, changes, count[:size], aside[:size], epsilon)
-        alone = torch.eq(count[:size], 1.0, out=aside[:size])
-        for i, part in enumerate(changes):
-            changed[i] += int(torch.count_nonzero(part))
-            unique[i] += int(torch.count_nonzero(part.mul_(alone)))
-    return [(each - own) / own if own else 0.0 for each, own in zip(changed, unique, strict=True)]
-
-
-def _count_changes(original: Tensor, changes: Sequence[Tensor], count: Tensor, aside: Tensor, epsilon: float) -> None:
-    """Turn models' pieces into task vectors without their smallest elements, and count what is left of each."""
-    count.zero_()
-    for part in changes:
-        torch.hardshrink(part.sub_(original), epsilon, out=part)
-        count.add_(torch.ne(part, 0.0, out=aside))
+    tensors = [base, *models]
+    least, work = chunks.of_working_type(tensors, epsilon)[()], chunks.work(tensors, len(models) + 3)
+    changed, unique = np.zeros((2, len(models)), dtype=np.int64)
+    for _, (original, *tuned) in chunks.pieces(tensors):
+        chunks.kernels().count_unique(original, tuple(tuned), work, least, changed, unique)
+    return [(each - own) / own if own else 0.0 for each, own in zip(changed.tolist(), unique.tolist(), strict=True)]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import chunks, selection
+from ..arithmetic.task_vectors import ALL
 
 
 def sce(
@@ -30,78 +31,25 @@ def sce(
     select_topk: share to keep of the elements in which the models differ at all, in [0, 1]; 1 keeps all elements.
         A model alone has no variance: less than 1 leaves the base
     """
-    cut = _select(models, select_topk)
-    shares = _shares(base, models, cut)
-    one = torch.ones((), dtype=chunks.working_type([base, *models]))
+    tensors = [base, *models]
+    chosen = _select(models, select_topk)
+    cut, work = chunks.of_working_type(tensors, chosen.magnitude)[()], chunks.work(tensors, len(models) + 4)
+    squares = np.zeros(len(models))
+    for begin, (original, *tuned) in chunks.pieces(tensors):
+        chunks.kernels().selected_squares(original, tuple(tuned), squares, work, cut, chosen.ties_end - begin)
+    shares = chunks.of_working_type(tensors, squares / squares.sum() if squares.sum() else np.ones(len(models)))
 
-    def merge(begin: int, parts: list[Tensor], spare: list[Tensor]) -> Tensor:
-        original, changes = _changes(begin, parts, len(models), cut)
-        total, count, aside = spare
-        total.zero_()
-        for part in changes:
-            total.add_(part)
-        sign = torch.copysign(one, total, out=total)
-        count.zero_()
-        for part, share in zip(changes, shares, strict=True):
-            part.mul_(sign).clamp_min_(0.0)  # what agrees is positive
-            count.add_(torch.sign(part, out=aside), alpha=share)
-        out = changes[0].mul_(shares[0])
-        for part, share in zip(changes[1:], shares[1:], strict=True):
-            out.add_(part, alpha=share)
-        out.div_(count.add_(torch.eq(count, 0.0, out=aside)))
-        return original.addcmul_(out, sign)
+    def merge(begin: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
+        original, *tuned = parts
+        chunks.kernels().merge_selected(original, tuple(tuned), out, work, cut, chosen.ties_end - begin, shares)
 
-    kind = chunks.result_type([base, *models], dtype)
-    return chunks.apply(merge, _tensors(base, models, cut), spare=3, dtype=kind)
+    return chunks.apply(merge, tensors, dtype=dtype)
 
 
-def _select(models: Sequence[Tensor], share: float) -> selection.Cut | None:
-    """The elements of largest variance; None for all."""
+def _select(models: Sequence[Tensor], share: float) -> selection.Cut:
+    """The elements of largest variance."""
     if share >= 1.0:
-        return None
-    variances = selection.Magnitudes(_variance, models)
-    differing = sum(int(np.count_nonzero(piece)) for _, piece in variances.pieces())
-    return selection.top(variances, keep=int(Fraction(str(share)) * differing))
-
-
-def _variance(parts: list[Tensor]) -> Tensor:
-    """In place, and times the number of models. Taken of differences to the first: where all are equal, it is 0."""
-    mean, *others = parts
-    for part in others:
-        part.sub_(mean)
-    mean.zero_()
-    for part in others:
-        mean.add_(part, alpha=1.0 / len(parts))
-    for part in others:
-        part.sub_(mean).square_()
-    total = mean.square_()
-    for part in others:
-        total.add_(part)
-    return total
-
-
-def _shares(base: Tensor, models: Sequence[Tensor], cut: selection.Cut | None) -> list[float]:
-    """The weights of the models: shares of the sum of squares of what is selected."""
-    squares = [0.0] * len(models)
-    for begin, parts in chunks.pieces(_tensors(base, models, cut)):
-        _, changes = _changes(begin, parts, len(models), cut)
-        for i, part in enumerate(changes):
-            squares[i] += float(np.square(part.numpy(), dtype=np.float64).sum())
-    total = sum(squares)
-    return [square / total if total else 1.0 / len(models) for square in squares]
-
-
-def _tensors(base: Tensor, models: Sequence[Tensor], cut: selection.Cut | None) -> list[Tensor]:
-    """What `_changes` needs: where there is a cut, the models a second time, for their variance."""
-    return [base, *models, *(models if cut else [])]
-
-
-def _changes(begin: int, parts: list[Tensor], count: int, cut: selection.Cut | None) -> tuple[Tensor, list[Tensor]]:
-    """The base's piece, and the task vectors' with what is not selected set to 0."""
-    original, changes = parts[0], parts[1 : count + 1]
-    mask = cut.mask(begin, _variance(parts[count + 1 :])) if cut else None
-    for part in changes:
-        part.sub_(original)
-        if mask is not None:
-            part.mul_(mask)
-    return original, changes
+        return ALL
+    spreads = selection.spreads(models)
+    differing = sum(int(np.count_nonzero(piece != 0)) for _, piece in spreads.pieces())
+    return selection.top(spreads, keep=int(Fraction(str(share)) * differing))

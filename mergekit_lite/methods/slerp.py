@@ -15,8 +15,8 @@ from math import acos, sin, sqrt
 import torch
 from torch import Tensor
 
-from ..arithmetic import chunks
-from .linear import between
+from ..arithmetic.gram import gram
+from .linear import between, weighted_sum
 
 STRAIGHT = 0.9995  # beyond this cosine, the line
 
@@ -31,19 +31,12 @@ def slerp(models: Sequence[Tensor], *, t: float, dtype: torch.dtype | None = Non
         return between(*models, share=t, dtype=dtype)
     first, second = sin((1.0 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
 
-    def blend(_: int, parts: list[Tensor], __: list[Tensor]) -> Tensor:
-        return parts[0].mul_(first).add_(parts[1], alpha=second)
-
-    return chunks.apply(blend, models, dtype=dtype)
+    return weighted_sum(models, [first, second], dtype)
 
 
 def angle_between(first: Tensor, second: Tensor) -> float | None:
     """The angle between two vectors, in radians; None where it is not defined or the arc is as good as straight."""
-    square0 = square1 = dot = 0.0
-    for _, (a, b) in chunks.pieces([first, second]):
-        square0 += a.dot(a).item()
-        square1 += b.dot(b).item()
-        dot += a.dot(b).item()
+    (square0, dot), (_, square1) = gram(None, [first, second]).tolist()
     if square0 == 0.0 or square1 == 0.0:
         return None
     cosine = max(-1.0, min(1.0, dot / (sqrt(square0) * sqrt(square1))))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arithmetic.task_vectors import merge_task_vectors
+from ..arithmetic.task_vectors import WHOLE, merge_task_vectors
 
 
 def task_arithmetic(
@@ -31,7 +31,7 @@ def task_arithmetic(
     return merge_task_vectors(
         base,
         models,
-        thin=[None] * len(models),
+        thin=[WHOLE] * len(models),
         weight=weight,
         elect=False,
         normalize=normalize,

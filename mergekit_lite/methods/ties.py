@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import selection
-from ..arithmetic.task_vectors import Thin, length_ratio, merge_task_vectors, rescaled
+from ..arithmetic.task_vectors import NOTHING, WHOLE, Thin, merge_task_vectors, rescaled
 
 
 def ties(
@@ -45,19 +45,11 @@ def kept(density: float, elements: int) -> int:
     return max(1, int(Fraction(str(density)) * elements)) if density > 0 else 0
 
 
-def _trim(base: Tensor, model: Tensor, density: float, rescale: bool) -> Thin | None:
+def _trim(base: Tensor, model: Tensor, density: float, rescale: bool) -> Thin:
     keep = kept(density, model.numel())
     if keep >= model.numel():
-        return None
+        return WHOLE
     if not keep:
-        return _drop_all
-    cut = selection.largest(base, model, keep=keep)
-
-    def trim(begin: int, part: Tensor, spare: Tensor) -> None:
-        cut.shrink(begin, part)
-
-    return rescaled(trim, length_ratio(base, model, trim)) if rescale else trim
-
-
-def _drop_all(begin: int, part: Tensor, spare: Tensor) -> None:
-    part.zero_()
+        return NOTHING
+    thin = Thin(kept=selection.top(selection.distances(base, model), keep=keep))
+    return rescaled(thin, base, model) if rescale else thin

@@ -109,7 +109,7 @@ def test_selection_by_sample_agrees_with_a_sort(kind, density):
     if kind == "sorted":
         vector = vector.sort().values
     keep = int(density * n)
-    cut = selection.largest(torch.zeros(n), vector, keep=keep)
+    cut = selection.top(selection.distances(torch.zeros(n), vector), keep=keep)
     magnitude = vector.abs()
     chosen = (magnitude > cut.magnitude) | ((magnitude == cut.magnitude) & (torch.arange(n) < cut.ties_end))
     assert cut.magnitude == magnitude.sort(descending=True).values[keep - 1].item()

@@ -1,0 +1,544 @@
+"""The inner loops of merging, compiled by numba.
+
+Each walks its tensors once, in blocks that fit the innermost cache, without the interpreter's lock: a merge waits for
+memory and not for its other threads. Arrays have one axis. Inputs and outputs are float32 or float64, or uint16, which
+are the bits of bfloat16 (`chunks` makes them of tensors). `work` is room for a few blocks, [rows, BLOCK], and its type
+is that of the arithmetic. What tells a model's share in it is an array with an entry a model, of the same type.
+
+All loops are in this file, as numba looks at a function's own file to tell whether what it compiled before still holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+BLOCK = 1024  # elements
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile when it is first called, and keep that on the disk where there is a place to keep it."""
+    options |= {"nogil": True, "error_model": "numpy"}
+    try:
+        kept: Callable[..., Any] = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        kept = njit(**options)(function)
+    return kept
+
+
+def in_any_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a sum whose terms may be added in several lanes."""
+    return compiled(function, fastmath={"reassoc"})
+
+
+@intrinsic
+def _as_float(_: Any, bits: Any) -> Any:
+    def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), build
+
+
+@intrinsic
+def _as_bits(_: Any, value: Any) -> Any:
+    def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), build
+
+
+def _load(part, out):
+    """Read numbers."""
+
+
+@overload(_load)
+def _compile_load(part, out):
+    if part.dtype == types.uint16:
+
+        def load(part, out):
+            for i in range(out.size):
+                out[i] = _as_float(np.uint32(part[i]) << np.uint32(16))
+
+    else:
+
+        def load(part, out):
+            for i in range(out.size):
+                out[i] = part[i]
+
+    return load
+
+
+def _store(part, out):
+    """Write numbers, to bfloat16 rounded to the nearest, and of two the even one."""
+
+
+@overload(_store)
+def _compile_store(part, out):
+    if out.dtype == types.uint16:
+
+        def store(part, out):
+            for i in range(out.size):
+                value = np.float32(part[i])
+                bits = _as_bits(value)
+                half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+                out[i] = np.uint16((bits + half) >> np.uint32(16)) if value == value else np.uint16(0x7FC0)
+
+    else:
+
+        def store(part, out):
+            for i in range(out.size):
+                out[i] = part[i]
+
+    return store
+
+
+# Selection
+
+
+@compiled
+def distance(base, model, out, work):
+    """|model - base|."""
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        first, second, far = work[0, : stop - start], work[1, : stop - start], out[start:stop]
+        _load(base[start:stop], first)
+        _load(model[start:stop], second)
+        for i in range(far.size):
+            far[i] = abs(second[i] - first[i])
+
+
+@compiled
+def spread(models, out, work):
+    """How far models lie apart: of two the distance, of more the squares of their deviations from the mean, summed."""
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        for m in range(len(models)):
+            _load(models[m][start:stop], work[2 + m, : stop - start])
+        _spread(work[2 : 2 + len(models)], work[0, : stop - start], work[1, : stop - start])
+        _store(work[0, : stop - start], out[start:stop])
+
+
+@compiled
+def _spread(parts, out, mean):
+    first = parts[0]
+    if len(parts) == 2:
+        second = parts[1]
+        for i in range(out.size):
+            out[i] = abs(second[i] - first[i])
+        return
+    # of differences to the first: where all are equal, nothing is left
+    share = out.dtype.type(1.0 / len(parts))
+    mean[:] = out.dtype.type(0)
+    for m in range(1, len(parts)):
+        part = parts[m]
+        for i in range(out.size):
+            mean[i] += share * (part[i] - first[i])
+    for i in range(out.size):
+        out[i] = mean[i] * mean[i]
+    for m in range(1, len(parts)):
+        part = parts[m]
+        for i in range(out.size):
+            away = part[i] - first[i] - mean[i]
+            out[i] += away * away
+
+
+@compiled
+def scan(magnitudes, low, high, pool, flags):
+    """How many magnitudes are above a bracket, and how many inside it, which are gathered at the front of the pool.
+
+    pool: room for all magnitudes and one more; flags: [BLOCK] bytes
+    """
+    above, inside = 0, 0
+    words = flags.view(np.uint64)
+    for start in range(0, magnitudes.size, BLOCK):
+        part = magnitudes[start : min(start + BLOCK, magnitudes.size)]
+        over = np.int32(0)
+        for i in range(part.size):
+            over += np.int32(part[i] > high)
+        above += over
+        flags[part.size :] = 0
+        for i in range(part.size):
+            flags[i] = np.uint8(part[i] >= low) & np.uint8(part[i] <= high)
+        for word in range((part.size + 7) // 8):
+            if words[word]:
+                for i in range(word * 8, min(word * 8 + 8, part.size)):
+                    pool[inside] = part[i]
+                    inside += flags[i]
+    return above, inside
+
+
+# Task vectors
+
+
+@compiled
+def _keep(part, low, end):
+    """Set to 0 what is less than `low`, and from element `end` on what is equal to it."""
+    zero, end = part.dtype.type(0), min(max(end, 0), part.size)
+    first, rest = part[:end], part[end:]
+    for i in range(first.size):
+        first[i] = zero if abs(first[i]) < low else first[i]
+    for i in range(rest.size):
+        rest[i] = zero if abs(rest[i]) <= low else rest[i]
+
+
+@compiled
+def _drop(part, high, end):
+    """Set to 0 what is more than `high`, and before element `end` what is equal to it."""
+    zero, end = part.dtype.type(0), min(max(end, 0), part.size)
+    first, rest = part[:end], part[end:]
+    for i in range(first.size):
+        first[i] = zero if abs(first[i]) >= high else first[i]
+    for i in range(rest.size):
+        rest[i] = zero if abs(rest[i]) > high else rest[i]
+
+
+@compiled
+def _subtract(part, other):
+    for i in range(part.size):
+        part[i] -= other[i]
+
+
+@compiled
+def _add(part, other, share):
+    for i in range(part.size):
+        part[i] += share * other[i]
+
+
+@compiled
+def _multiply(part, other):
+    for i in range(part.size):
+        part[i] *= other[i]
+
+
+@compiled
+def _thin(part, start, cuts, ends, factors):
+    """Thin the piece of a task vector that begins with an element; parameters as of `merge`, of this model."""
+    if cuts[1] < np.inf:
+        _drop(part, cuts[1], ends[1] - start)
+    if cuts[0] >= 0:
+        _keep(part, cuts[0], ends[0] - start)
+    if factors.size:
+        _multiply(part, factors)
+
+
+@compiled
+def merge(base, models, out, work, cuts, ends, factors, times, weight, elect, normalize, scale):
+    """Add thinned task vectors to the base, after an election of signs or without.
+
+    cuts:    [models, 2]: elements of less magnitude than the first are dropped, and of more than the second
+    ends:    [models, 2], int64: before which element those equal to the first are kept, and to the second dropped
+    factors: [models, elements], what task vectors are multiplied by; or [models, 0]
+    times:   [models], and this
+    weight:  [models], what each counts in the mean of those with the elected sign
+    normalize, scale: of the elected's sum, and of what is added
+    """
+    zero, one = work.dtype.type(0), work.dtype.type(1)
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        size = stop - start
+        origin, total, count, agreed = work[0, :size], work[1, :size], work[2, :size], work[3, :size]
+        _load(base[start:stop], origin)
+        total[:] = zero
+        for m in range(len(models)):
+            part = work[4 + m, :size]
+            _load(models[m][start:stop], part)
+            _subtract(part, origin)
+            _thin(part, start, cuts[m], ends[m], factors[m, start:stop])
+            if elect and times[m] != one:
+                for i in range(size):
+                    part[i] *= times[m]
+            _add(total, part, one if elect else times[m])
+        if elect:
+            agreed[:] = zero
+            count[:] = zero
+            for m in range(len(models)):
+                _agree(work[4 + m, :size], total, agreed, count, one, weight[m])
+            _turn_back(agreed, count, total, normalize)
+        _add(origin, total, scale)
+        _store(origin, out[start:stop])
+
+
+@compiled
+def _agree(part, total, agreed, count, share, weight):
+    """Add up a share of what has the sign of the total, turned to be positive, and count its weight."""
+    zero = part.dtype.type(0)
+    for i in range(part.size):
+        turned = part[i] if total[i] >= zero else -part[i]
+        turned = zero if turned < zero else turned
+        agreed[i] += share * turned
+        count[i] += weight if turned > zero else zero
+
+
+@compiled
+def _turn_back(agreed, count, total, normalize):
+    """Give what was added up the sign of the total, and put it in its place; its mean if asked."""
+    zero, one = total.dtype.type(0), total.dtype.type(1)
+    if normalize:
+        for i in range(total.size):
+            agreed[i] /= count[i] if count[i] != zero else one
+    for i in range(total.size):
+        total[i] = agreed[i] if total[i] >= zero else -agreed[i]
+
+
+@compiled
+def lengths(base, model, work, cuts, ends, factors):
+    """The l1 norm of a task vector before and after it is thinned; parameters as of `merge`, of this model."""
+    before = after = 0.0
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        origin, part = work[0, : stop - start], work[1, : stop - start]
+        _load(base[start:stop], origin)
+        _load(model[start:stop], part)
+        _subtract(part, origin)
+        before += _length(part)
+        _thin(part, start, cuts, ends, factors[start:stop])
+        after += _length(part)
+    return before, after
+
+
+@in_any_order
+def _length(part):
+    total = part.dtype.type(0)
+    for i in range(part.size):
+        total += abs(part[i])
+    return total
+
+
+# Sums and products
+
+
+@compiled
+def weighted_sum(models, out, work, shares):
+    """sum_i s_i theta_i."""
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        total, part = work[0, : stop - start], work[1, : stop - start]
+        _load(models[0][start:stop], total)
+        for i in range(total.size):
+            total[i] *= shares[0]
+        for m in range(1, len(models)):
+            _load(models[m][start:stop], part)
+            _add(total, part, shares[m])
+        _store(total, out[start:stop])
+
+
+@compiled
+def between(first, second, out, work, share):
+    """first + share (second - first), from the nearer end, so that both ends are exact."""
+    half, one = work.dtype.type(0.5), work.dtype.type(1)
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        part, other = work[0, : stop - start], work[1, : stop - start]
+        _load(first[start:stop], part)
+        _load(second[start:stop], other)
+        if share < half:
+            for i in range(part.size):
+                part[i] += share * (other[i] - part[i])
+        else:
+            for i in range(part.size):
+                part[i] = other[i] - (other[i] - part[i]) * (one - share)
+        _store(part, out[start:stop])
+
+
+@compiled
+def gram(models, total, work, has_base):
+    """Add the dot products of models to [N, N].
+
+    has_base: the last is one, and all are taken less it
+    """
+    count = len(models) - 1 if has_base else len(models)
+    for start in range(0, models[0].size, BLOCK):
+        stop = min(start + BLOCK, models[0].size)
+        size = stop - start
+        for m in range(len(models)):
+            _load(models[m][start:stop], work[m, :size])
+        for m in range(count):
+            if has_base:
+                _subtract(work[m, :size], work[count, :size])
+            for other in range(m + 1):
+                total[other, m] += _dot(work[other, :size], work[m, :size])
+    for m in range(count):
+        for other in range(m):
+            total[m, other] = total[other, m]
+
+
+@in_any_order
+def _dot(part, other):
+    total = part.dtype.type(0)
+    for i in range(part.size):
+        total += part[i] * other[i]
+    return total
+
+
+# SCE
+
+
+@compiled
+def _select(base, models, start, stop, cut, end, work):
+    """Task vectors in work[4:], without what is not selected where the cut is not below 0, and the base in work[0]."""
+    size = stop - start
+    origin, mask = work[0, :size], work[1, :size]
+    zero, one = work.dtype.type(0), work.dtype.type(1)
+    _load(base[start:stop], origin)
+    for m in range(len(models)):
+        _load(models[m][start:stop], work[4 + m, :size])
+    if cut >= 0:
+        _spread(work[4 : 4 + len(models)], mask, work[2, :size])
+        _keep(mask, cut, end - start)
+        for i in range(size):
+            mask[i] = one if mask[i] != zero else zero
+    for m in range(len(models)):
+        _subtract(work[4 + m, :size], origin)
+        if cut >= 0:
+            _multiply(work[4 + m, :size], mask)
+
+
+@compiled
+def selected_squares(base, models, total, work, cut, end):
+    """Add up the squares of what is selected of each model's task vector; parameters as of `merge_selected`."""
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        _select(base, models, start, stop, cut, end, work)
+        for m in range(len(models)):
+            total[m] += _squares(work[4 + m, : stop - start])
+
+
+@in_any_order
+def _squares(part):
+    """In float64: squares of small numbers are 0 in float32."""
+    total = 0.0
+    for i in range(part.size):
+        total += np.float64(part[i]) * np.float64(part[i])
+    return total
+
+
+@compiled
+def merge_selected(base, models, out, work, cut, end, shares):
+    """Add to the base the mean of what has the sign of the models' sum, where they lie apart.
+
+    cut, end: the elements of less spread are left as they are, and those equal to it from `end` on; cut < 0: none
+    """
+    zero, one = work.dtype.type(0), work.dtype.type(1)
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        size = stop - start
+        _select(base, models, start, stop, cut, end, work)
+        origin, total, count, agreed = work[0, :size], work[1, :size], work[2, :size], work[3, :size]
+        total[:] = zero
+        agreed[:] = zero
+        count[:] = zero
+        for m in range(len(models)):
+            _add(total, work[4 + m, :size], one)
+        for m in range(len(models)):
+            _agree(work[4 + m, :size], total, agreed, count, shares[m], shares[m])
+        _turn_back(agreed, count, total, True)
+        _add(origin, total, one)
+        _store(origin, out[start:stop])
+
+
+# DELLA
+
+
+@compiled
+def rank_keys(magnitudes, columns, first, keys):
+    """Numbers that sort as the magnitudes of a row do, and of equal ones as their places, which are their low halves.
+
+    first: the place of the first magnitude, where they are of a part of a row
+    """
+    for row in range(0, magnitudes.size, columns):
+        part, out = magnitudes[row : row + columns], keys[row : row + columns]
+        for i in range(part.size):
+            out[i] = np.uint64(_as_bits(part[i])) << np.uint64(32) | np.uint64(first + i)
+
+
+@compiled
+def factors_of_ranks(keys, numbers, last, factors, out):
+    """Put each rank's factor where its element is, or 0 where its random number is more than the last that keeps it.
+
+    keys:          in each row in ascending order
+    last, factors: [columns]
+    """
+    columns, zero = last.size, out.dtype.type(0)
+    chosen = np.empty(columns, dtype=out.dtype)
+    for row in range(0, keys.size, columns):
+        order, drawn, places = keys[row : row + columns], numbers[row : row + columns], out[row : row + columns]
+        for rank in range(columns):
+            chosen[rank] = factors[rank] if drawn[rank] <= last[rank] else zero
+        for rank in range(columns):
+            places[np.uint32(order[rank] & np.uint64(0xFFFFFFFF))] = chosen[rank]
+
+
+# RAM
+
+
+@compiled
+def _count_changes(base, models, start, stop, epsilon, work):
+    """Task vectors without their smallest elements in work[3:], how many have one in work[1], the base in work[0]."""
+    size = stop - start
+    origin, count, zero, one = work[0, :size], work[1, :size], work.dtype.type(0), work.dtype.type(1)
+    _load(base[start:stop], origin)
+    count[:] = zero
+    for m in range(len(models)):
+        part = work[3 + m, :size]
+        _load(models[m][start:stop], part)
+        _subtract(part, origin)
+        _keep(part, epsilon, 0)
+        for i in range(size):
+            count[i] += one if part[i] != zero else zero
+
+
+@compiled
+def count_unique(base, models, work, epsilon, changed, unique):
+    """Add up how many elements each model changed, and changed alone."""
+    zero, one = work.dtype.type(0), work.dtype.type(1)
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        _count_changes(base, models, start, stop, epsilon, work)
+        count = work[1, : stop - start]
+        for m in range(len(models)):
+            part = work[3 + m, : stop - start]
+            all_, alone = np.int32(0), np.int32(0)
+            for i in range(part.size):
+                all_ += np.int32(part[i] != zero)
+                alone += np.int32(part[i] != zero) & np.int32(count[i] == one)
+            changed[m] += all_
+            unique[m] += alone
+
+
+@compiled
+def merge_unique(base, models, out, work, epsilon, times):
+    """Add to the base what one model changed, times that model's factor, and the mean of what several did."""
+    zero, one = work.dtype.type(0), work.dtype.type(1)
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        size = stop - start
+        _count_changes(base, models, start, stop, epsilon, work)
+        origin, count, total = work[0, :size], work[1, :size], work[2, :size]
+        total[:] = zero
+        for m in range(len(models)):
+            part = work[3 + m, :size]
+            for i in range(size):
+                total[i] += part[i] * times[m] if count[i] == one else part[i]
+        for i in range(size):
+            origin[i] += total[i] / (count[i] if count[i] > one else one)
+        _store(origin, out[start:stop])
+
+
+# NearSwap
+
+
+@compiled
+def merge_near(base, model, out, work, most):
+    """The model, at most so far away from the base."""
+    for start in range(0, base.size, BLOCK):
+        stop = min(start + BLOCK, base.size)
+        origin, other = work[0, : stop - start], work[1, : stop - start]
+        _load(base[start:stop], origin)
+        _load(model[start:stop], other)
+        for i in range(origin.size):
+            low, high = origin[i] - most, origin[i] + most
+            held = low if other[i] < low else other[i]
+            other[i] = high if held > high else held
+        _store(other, out[start:stop])
