@@ -19,6 +19,7 @@ from ..methods.linear import linear
 from . import chunks
 from .task_vectors import WHOLE, merge_task_vectors
 
+PIECE = 1 << 16  # elements whose float64 copies, of a few tensors, fit the cache
 Factors = Callable[[Tensor], Tensor]
 """From Gram matrices [vectors, N, N] to what each model's vectors are multiplied by [vectors, N], both in float64."""
 
@@ -72,7 +73,7 @@ def row_pieces(tensors: Sequence[Tensor], kind: torch.dtype) -> Iterator[tuple[s
     kind:    the type of the pieces, which hold as many whole rows as fit, and one at least
     """
     rows, length = tensors[0].shape
-    most = max(1, min(rows, chunks.CHUNK // max(1, length)))
+    most = max(1, min(rows, min(chunks.CHUNK, PIECE) // max(1, length)))
     buffer = torch.empty(len(tensors), most, length, dtype=kind)
     for begin in range(0, rows, most):
         piece = slice(begin, min(begin + most, rows))

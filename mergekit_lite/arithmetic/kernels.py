@@ -33,20 +33,17 @@ def in_any_order(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled(function, fastmath={"reassoc"})
 
 
-@intrinsic
-def _as_float(_: Any, bits: Any) -> Any:
+def _reinterpreted(_: Any, number: Any) -> Any:
+    """The lower 32 bits of an integer as a float32, or the other way."""
+    given, kind = (types.uint32, types.float32) if isinstance(number, types.Integer) else (types.float32, types.uint32)
+
     def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], context.get_value_type(types.float32))
+        return builder.bitcast(values[0], context.get_value_type(kind))
 
-    return types.float32(types.uint32), build
+    return kind(given), build
 
 
-@intrinsic
-def _as_bits(_: Any, value: Any) -> Any:
-    def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), build
+_bits: Any = intrinsic(_reinterpreted)
 
 
 def _load(part, out):
@@ -59,7 +56,7 @@ def _compile_load(part, out):
 
         def load(part, out):
             for i in range(out.size):
-                out[i] = _as_float(np.uint32(part[i]) << np.uint32(16))
+                out[i] = _bits(np.uint32(part[i]) << np.uint32(16))
 
     else:
 
@@ -81,7 +78,7 @@ def _compile_store(part, out):
         def store(part, out):
             for i in range(out.size):
                 value = np.float32(part[i])
-                bits = _as_bits(value)
+                bits = _bits(value)
                 half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
                 out[i] = np.uint16((bits + half) >> np.uint32(16)) if value == value else np.uint16(0x7FC0)
 
@@ -142,6 +139,17 @@ def _spread(parts, out, mean):
         for i in range(out.size):
             away = part[i] - first[i] - mean[i]
             out[i] += away * away
+
+
+@compiled
+def scale_rows(numbers, begin, columns, factors):
+    """Multiply the piece that begins with an element by its rows' factors."""
+    end = begin + numbers.size
+    for row in range(begin // columns, (end + columns - 1) // columns):
+        part = numbers[max(row * columns - begin, 0) : min((row + 1) * columns, end) - begin]
+        factor = factors[row]
+        for i in range(part.size):
+            part[i] *= factor
 
 
 @compiled
@@ -450,7 +458,7 @@ def rank_keys(magnitudes, columns, first, keys):
     for row in range(0, magnitudes.size, columns):
         part, out = magnitudes[row : row + columns], keys[row : row + columns]
         for i in range(part.size):
-            out[i] = np.uint64(_as_bits(part[i])) << np.uint64(32) | np.uint64(first + i)
+            out[i] = np.uint64(_bits(part[i])) << np.uint64(32) | np.uint64(first + i)
 
 
 @compiled
@@ -524,6 +532,29 @@ def merge_unique(base, models, out, work, epsilon, times):
         for i in range(size):
             origin[i] += total[i] / (count[i] if count[i] > one else one)
         _store(origin, out[start:stop])
+
+
+# Arcee Fusion
+
+
+@compiled
+def merge_important(base, model, out, work, begin, columns, factors, least):
+    """Take the model's elements where |model - base| times the row's factor is not less than a number, else the base's.
+
+    begin: the element that the piece begins with; factors: of all rows
+    """
+    end = begin + out.size
+    for row in range(begin // columns, (end + columns - 1) // columns):
+        first, last = max(row * columns, begin), min((row + 1) * columns, end)
+        factor = factors[row]
+        for start in range(first, last, BLOCK):
+            place, stop = start - begin, min(start + BLOCK, last) - begin
+            origin, other = work[0, : stop - place], work[1, : stop - place]
+            _load(base[place:stop], origin)
+            _load(model[place:stop], other)
+            for i in range(origin.size):
+                origin[i] = origin[i] if abs(other[i] - origin[i]) * factor < least else other[i]
+            _store(origin, out[place:stop])
 
 
 # NearSwap

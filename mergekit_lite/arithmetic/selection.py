@@ -27,6 +27,7 @@ MARGINS = (4.0, 40.0)  # half the bracket's width, in standard errors of the sam
 MAX_INSIDE = 0.2  # share of the elements that may lie inside the bracket
 MANY = 0.1  # share of equal ones in the sample from which they are counted and not gathered
 
+
 @dataclass(frozen=True)
 class Cut:
     """Which elements are kept: those above `magnitude`, and those equal to it before element `ties_end`."""
@@ -41,38 +42,54 @@ Fill = Callable[[tuple[chunks.Array, ...], NDArray[np.floating], chunks.Array], 
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """What the elements of tensors of one shape are ranked by, 0 or more."""
+    """What the elements of tensors of one shape are ranked by, 0 or more.
+
+    rows: what those of each row (along the last axis) are multiplied by, in the working type
+    """
 
     fill: Fill
     tensors: Sequence[Tensor]
+    rows: NDArray[np.floating] | None = None
 
     @property
     def count(self) -> int:
         return self.tensors[0].numel()
 
-    def pieces(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """Yield (first element, magnitudes); the memory is used again."""
-        found = chunks.empty(self.tensors, min(chunks.CHUNK, self.count))
-        work = chunks.work(self.tensors, len(self.tensors) + 2)
-        for begin, parts in chunks.pieces(self.tensors):
-            piece = found[: parts[0].size]
-            self.fill(parts, piece, work)
-            yield begin, piece
-
-    def piece(self, begin: int) -> NDArray[np.floating]:
-        """The magnitudes of the piece that begins with an element."""
-        rows = slice(begin, min(begin + chunks.CHUNK, self.count))
-        ((_, magnitude),) = Magnitudes(self.fill, [tensor.reshape(-1)[rows] for tensor in self.tensors]).pieces()
-        return magnitude
+    def pieces(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        """Yield (first element, magnitudes), of elements from one to another; the memory is used again."""
+        flat = [tensor.reshape(-1)[begin:end] for tensor in self.tensors]
+        for first, piece in self._plain(flat):
+            if self.rows is not None:
+                chunks.kernels().scale_rows(piece, begin + first, self._columns, self.rows)
+            yield begin + first, piece
 
     def sample(self) -> NDArray[np.floating]:
         """Of runs of elements spread evenly over the tensors, of all where they are few; in ascending order."""
         flat = [tensor.reshape(-1) for tensor in self.tensors]
-        runs = SAMPLE // SAMPLE_RUN
+        places = np.arange(min(self.count, 4 * SAMPLE))
         if self.count >= 4 * SAMPLE:
+            runs = SAMPLE // SAMPLE_RUN
             stride = self.count // runs - 1 | 1  # odd, so that the runs do not stand below each other in a matrix
             flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN].contiguous() for part in flat]
-        return np.sort(np.concatenate([piece.copy() for _, piece in Magnitudes(self.fill, flat).pieces()]))
+            places = (stride * np.arange(runs)[:, None] + np.arange(SAMPLE_RUN)).reshape(-1)
+        found = np.concatenate([piece.copy() for _, piece in self._plain(flat)])
+        if self.rows is not None:
+            found *= self.rows[places // self._columns]
+        found.sort()  # has vector instructions, which a partition by two places lacks
+        return found
+
+    def _plain(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        """Pieces without the rows' factors."""
+        found = chunks.empty(tensors, min(chunks.CHUNK, tensors[0].numel()))
+        work = chunks.work(tensors, len(tensors) + 2)
+        for begin, parts in chunks.pieces(tensors):
+            piece = found[: parts[0].size]
+            self.fill(parts, piece, work)
+            yield begin, piece
+
+    @property
+    def _columns(self) -> int:
+        return self.tensors[0].shape[-1]
 
 
 def distances(base: Tensor, model: Tensor) -> Magnitudes:
@@ -105,6 +122,13 @@ def tops(magnitudes: Magnitudes, *, keep: Sequence[int]) -> list[Cut]:
     return [found[number] for number in keep]
 
 
+def order_statistics(magnitudes: Magnitudes, places: Sequence[int]) -> list[float]:
+    """The magnitudes at some places, counted from 0, of all in ascending order."""
+    if magnitudes.count < 4 * SAMPLE:
+        return magnitudes.sample()[list(places)].tolist()
+    return [cut.magnitude for cut in tops(magnitudes, keep=[magnitudes.count - place for place in places])]
+
+
 def _by_equals(magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
     """Where many of the sample are equal to what its order tells of a threshold, see if it is that."""
     found = {}
@@ -131,9 +155,7 @@ class _Brackets:
 
     margin: float
 
-    def __call__(
-        self, magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]
-    ) -> dict[int, Cut]:
+    def __call__(self, magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
         count = magnitudes.count
         searches = [_Search(magnitudes, n, *_bracket(sample, 1.0 - n / count, self.margin)) for n in wanted]
         pool = np.empty(min(chunks.CHUNK, count) + 1, dtype=sample.dtype)
@@ -235,4 +257,5 @@ def _ties_end(magnitudes: Magnitudes, threshold: float, wanted: int, ties: list[
     number = int(np.searchsorted(np.cumsum(ties), wanted))
     begin = number * chunks.CHUNK
     within = wanted - sum(ties[:number])
-    return begin + int(np.flatnonzero(magnitudes.piece(begin) == threshold)[within - 1]) + 1
+    ((_, piece),) = magnitudes.pieces(begin, begin + chunks.CHUNK)
+    return begin + int(np.flatnonzero(piece == threshold)[within - 1]) + 1

@@ -10,16 +10,15 @@ quartiles of all the tensor's importances:
 Quartiles are the lower of two neighbours: the elements at places (n-1)/4, (n-1)/2, 3(n-1)/4, rounded down.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arithmetic import chunks
 from ..arithmetic.gram import row_pieces
-from ..arithmetic.quantiles import order_statistics
+from ..arithmetic.selection import distances, order_statistics
 
 FLOOR = 1e-8  # added to each probability
 
@@ -35,32 +34,22 @@ def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype |
     if not base.numel():
         return model.to(chunks.result_type([base, model], dtype))
     rows = [tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1) for tensor in (base, model)]
-    divergence = _divergence(rows)
-    places = [quarter * (base.numel() - 1) // 4 for quarter in (1, 2, 3)]
+    divergence = chunks.of_working_type(rows, _divergence(rows))
+    importances = replace(distances(*rows), rows=divergence)
+    first, median, third = order_statistics(importances, [q * (base.numel() - 1) // 4 for q in (1, 2, 3)])
+    threshold = chunks.of_working_type(rows, median + 1.5 * (third - first))[()]
+    work = chunks.work(rows, 2)
 
-    def importances() -> Iterator[NDArray[np.float32]]:
-        for _, _, importance in _walk(rows, divergence):
-            yield importance.reshape(-1).numpy()
+    def merge(begin: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
+        loop = chunks.kernels().merge_important
+        loop(*parts, out, work, begin, rows[0].shape[1], divergence, threshold)
 
-    first, median, third = order_statistics(importances, places)
-    threshold = median + 1.5 * (third - first)
-    result = torch.empty(base.shape, dtype=chunks.result_type([base, model], dtype))
-    out = result.view(rows[0].shape)
-    for piece, (original, other), importance in _walk(rows, divergence):
-        out[piece].copy_(torch.where(importance >= threshold, other, original))
-    return result
-
-
-def _walk(rows: Sequence[Tensor], divergence: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (which rows, base and model there [2, rows, length], their elements' importance in float32)."""
-    for piece, pair in row_pieces(rows, chunks.working_type(rows)):
-        importance = torch.sub(pair[1], pair[0]).mul_(divergence[piece, None])
-        yield piece, pair, importance.abs_().float()
+    return chunks.apply(merge, rows, dtype=dtype).view(base.shape)
 
 
 def _divergence(rows: Sequence[Tensor]) -> Tensor:
-    """The Kullback-Leibler divergence of each row's softmax [rows], in the working type, computed in float64."""
-    found = torch.empty(rows[0].shape[0], dtype=chunks.working_type(rows))
+    """The Kullback-Leibler divergence of each row's softmax [rows], in float64."""
+    found = torch.empty(rows[0].shape[0], dtype=torch.float64)
     for piece, pair in row_pieces(rows, torch.float64):
         powers = pair.sub_(pair.amax(dim=-1, keepdim=True)).exp_()
         q, p = powers.div_(powers.sum(dim=-1, keepdim=True)).add_(FLOOR)

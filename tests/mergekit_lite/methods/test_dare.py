@@ -9,10 +9,7 @@ from mergekit_lite.methods.dare import dare_linear, dare_ties
 
 
 def masks_of(keys, density, elements):
-    return [
-        RandomMask(key, share).take(0, elements).tolist()
-        for key, share in zip(keys, density, strict=True)
-    ]
+    return [RandomMask(key, share).take(0, elements).tolist() for key, share in zip(keys, density, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
