@@ -53,7 +53,7 @@ def gram(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     """The dot products of N tensors, each taken as one vector (less the base): [N, N], float64."""
     tensors = models if base is None else [*models, base]
     total = np.zeros((len(models), len(models)))
-    work = np.empty((len(tensors), chunks.kernels().BLOCK))
+    work = np.empty((len(tensors) + 1, chunks.kernels().BLOCK))
     for _, parts in chunks.pieces(tensors):
         chunks.kernels().gram(parts, total, work, base is not None)
     return torch.from_numpy(total)

@@ -18,19 +18,13 @@ from numba.extending import intrinsic, overload
 BLOCK = 1024  # elements
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile when it is first called, and keep that on the disk where there is a place to keep it."""
-    options |= {"nogil": True, "error_model": "numpy"}
     try:
-        kept: Callable[..., Any] = njit(cache=True, **options)(function)
+        kept: Callable[..., Any] = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # neither beside this file nor in the user's cache
-        kept = njit(**options)(function)
+        kept = njit(nogil=True, error_model="numpy")(function)
     return kept
-
-
-def in_any_order(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a sum whose terms may be added in several lanes."""
-    return compiled(function, fastmath={"reassoc"})
 
 
 def _reinterpreted(_: Any, number: Any) -> Any:
@@ -89,6 +83,22 @@ def _compile_store(part, out):
                 out[i] = part[i]
 
     return store
+
+
+@compiled
+def _total(numbers):
+    """The sum, by halves: of small error, and in the same order on every machine. Overwrites the numbers."""
+    size = numbers.size
+    while size > 16:
+        half = (size + 1) // 2
+        first, second = numbers[: size - half], numbers[half:size]
+        for i in range(second.size):
+            first[i] += second[i]
+        size = half
+    total = numbers.dtype.type(0)
+    for i in range(size):
+        total += numbers[i]
+    return total
 
 
 # Selection
@@ -300,18 +310,17 @@ def lengths(base, model, work, cuts, ends, factors):
         _load(base[start:stop], origin)
         _load(model[start:stop], part)
         _subtract(part, origin)
-        before += _length(part)
+        before += _length(part, origin)
         _thin(part, start, cuts, ends, factors[start:stop])
-        after += _length(part)
+        after += _length(part, origin)
     return before, after
 
 
-@in_any_order
-def _length(part):
-    total = part.dtype.type(0)
+@compiled
+def _length(part, room):
     for i in range(part.size):
-        total += abs(part[i])
-    return total
+        room[i] = abs(part[i])
+    return _total(room)
 
 
 # Sums and products
@@ -366,18 +375,17 @@ def gram(models, total, work, has_base):
             if has_base:
                 _subtract(work[m, :size], work[count, :size])
             for other in range(m + 1):
-                total[other, m] += _dot(work[other, :size], work[m, :size])
+                total[other, m] += _dot(work[other, :size], work[m, :size], work[len(models), :size])
     for m in range(count):
         for other in range(m):
             total[m, other] = total[other, m]
 
 
-@in_any_order
-def _dot(part, other):
-    total = part.dtype.type(0)
+@compiled
+def _dot(part, other, room):
     for i in range(part.size):
-        total += part[i] * other[i]
-    return total
+        room[i] = part[i] * other[i]
+    return _total(room)
 
 
 # SCE
@@ -404,22 +412,19 @@ def _select(base, models, start, stop, cut, end, work):
 
 
 @compiled
-def selected_squares(base, models, total, work, cut, end):
-    """Add up the squares of what is selected of each model's task vector; parameters as of `merge_selected`."""
+def selected_squares(base, models, total, work, room, cut, end):
+    """Add up the squares of what is selected of each model's task vector; parameters as of `merge_selected`.
+
+    room: [BLOCK] in float64, as squares of small numbers are 0 in float32
+    """
     for start in range(0, base.size, BLOCK):
         stop = min(start + BLOCK, base.size)
         _select(base, models, start, stop, cut, end, work)
         for m in range(len(models)):
-            total[m] += _squares(work[4 + m, : stop - start])
-
-
-@in_any_order
-def _squares(part):
-    """In float64: squares of small numbers are 0 in float32."""
-    total = 0.0
-    for i in range(part.size):
-        total += np.float64(part[i]) * np.float64(part[i])
-    return total
+            part, squares = work[4 + m, : stop - start], room[: stop - start]
+            for i in range(part.size):
+                squares[i] = np.float64(part[i]) * np.float64(part[i])
+            total[m] += _total(squares)
 
 
 @compiled

@@ -34,9 +34,9 @@ def sce(
     tensors = [base, *models]
     chosen = _select(models, select_topk)
     cut, work = chunks.of_working_type(tensors, chosen.magnitude)[()], chunks.work(tensors, len(models) + 4)
-    squares = np.zeros(len(models))
+    squares, room = np.zeros(len(models)), np.empty(chunks.kernels().BLOCK)
     for begin, (original, *tuned) in chunks.pieces(tensors):
-        chunks.kernels().selected_squares(original, tuple(tuned), squares, work, cut, chosen.ties_end - begin)
+        chunks.kernels().selected_squares(original, tuple(tuned), squares, work, room, cut, chosen.ties_end - begin)
     shares = chunks.of_working_type(tensors, squares / squares.sum() if squares.sum() else np.ones(len(models)))
 
     def merge(begin: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
