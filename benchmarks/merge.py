@@ -29,7 +29,7 @@ from typing import Any
 from merge_peers.recipes import METHODS, inputs, recipe
 from merge_peers.shapes import MODELS, SHAPES, make
 
-IMPORTS = (
+IMPORTS = (  # what simple methods import; the others start numba besides
     "import mergekit_lite.cli, mergekit_lite.planner, wtool.executors.chosen, wtool.executors.local, wtool.console"
 )
 
@@ -97,13 +97,14 @@ def measure_floor(folder: Path, mergekit: str | None) -> dict[str, Usage]:
 
 
 def measure_method(folder: Path, method: str, mergekit: str | None) -> dict[str, Usage]:
-    """One run of each tool, in turn."""
+    """One run of each tool, in turn, after one of wtool that is not measured: a method's first use compiles its loops."""
     path, out = folder / f"{method}.yml", folder / "out"
     path.write_text(recipe(method, folder))
     tools = {"wtool": [sys.executable, "-m", "wtool", "merge", str(path), "-o", str(out), "--quiet"]}
     if mergekit:
         tools["mergekit"] = [mergekit, str(path), str(out), "--quiet"]
     found: dict[str, Usage] = {}
+    measure(tools["wtool"])
     for tool, command in tools.items():
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
