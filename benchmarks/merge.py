@@ -29,9 +29,11 @@ from typing import Any
 from merge_peers.recipes import METHODS, inputs, recipe
 from merge_peers.shapes import MODELS, SHAPES, make
 
-IMPORTS = (  # what simple methods import; the others start numba besides
+IMPORTS = (
     "import mergekit_lite.cli, mergekit_lite.planner, wtool.executors.chosen, wtool.executors.local, wtool.console"
 )
+COMPILED = f"{IMPORTS}, mergekit_lite.arithmetic.kernels"  # of all methods but these
+NOT_COMPILED = ("linear", "passthrough")
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,13 @@ def measure_floor(folder: Path, mergekit: str | None) -> dict[str, Usage]:
     return found | {
         **theirs,
         "imports": measure([sys.executable, "-c", IMPORTS]),
+        "imports with numba": measure([sys.executable, "-c", COMPILED]),
         "wtool --help": measure([sys.executable, "-m", "wtool", "--help"]),
     }
 
 
 def measure_method(folder: Path, method: str, mergekit: str | None) -> dict[str, Usage]:
-    """One run of each tool, in turn, after one of wtool that is not measured: a method's first use compiles its loops."""
+    """One run of each tool, in turn; before them one of wtool, as a method's first use compiles its loops."""
     path, out = folder / f"{method}.yml", folder / "out"
     path.write_text(recipe(method, folder))
     tools = {"wtool": [sys.executable, "-m", "wtool", "merge", str(path), "-o", str(out), "--quiet"]}
@@ -127,13 +130,14 @@ def tell(shape: str, measured: dict[str, dict[str, dict[str, float]]]) -> None:
     bares: list[float] = []  # without what starting up takes
     for method, tools in ((name, found) for name, found in measured.items() if name != "floor"):
         ours, theirs = tools["wtool"], tools.get("mergekit")
-        bare = (ours["seconds"] - floor["imports"]["seconds"]) / floor[f"read {inputs(method)}, write 1"]["seconds"]
+        imports = floor["imports" if method in NOT_COMPILED else "imports with numba"]["seconds"]
+        bare = (ours["seconds"] - imports) / floor[f"read {inputs(method)}, write 1"]["seconds"]
         print(f"{method:16} wtool    {_figures(ours)}   {bare:.1f}x the floor")
         if theirs:
             ratios.append(theirs["seconds"] / ours["seconds"])
             work = (
                 theirs["seconds"] - floor["mergekit --help"]["seconds"],
-                ours["seconds"] - floor["imports"]["seconds"],
+                ours["seconds"] - imports,
             )
             bares.append(work[0] / work[1])
             smaller = theirs["peak_anonymous_bytes"] / ours["peak_anonymous_bytes"]

@@ -6,6 +6,7 @@ are the bits of bfloat16 (`chunks` makes them of tensors). `work` is room for a 
 is that of the arithmetic. What tells a model's share in it is an array with an entry a model, of the same type.
 
 All loops are in this file, as numba looks at a function's own file to tell whether what it compiled before still holds.
+NaN in an input is NaN in the result, so that it is found: a comparison with it is false, and must then not drop it.
 """
 
 from collections.abc import Callable
@@ -361,7 +362,7 @@ def between(first, second, out, work, share):
 
 @compiled
 def gram(models, total, work, has_base):
-    """Add the dot products of models to [N, N].
+    """Add the dot products of models to [N, N], in float64 as is the work [N + 1, BLOCK], with a base [N + 2, BLOCK].
 
     has_base: the last is one, and all are taken less it
     """
@@ -558,7 +559,8 @@ def merge_important(base, model, out, work, begin, columns, factors, least):
             _load(base[place:stop], origin)
             _load(model[place:stop], other)
             for i in range(origin.size):
-                origin[i] = origin[i] if abs(other[i] - origin[i]) * factor < least else other[i]
+                taken = abs(other[i] - origin[i]) * factor >= least or other[i] != other[i]  # NaN is not lost
+                origin[i] = other[i] if taken else origin[i]
             _store(origin, out[place:stop])
 
 
@@ -576,5 +578,6 @@ def merge_near(base, model, out, work, most):
         for i in range(origin.size):
             low, high = origin[i] - most, origin[i] + most
             held = low if other[i] < low else other[i]
-            other[i] = high if held > high else held
+            held = high if held > high else held
+            other[i] = held if origin[i] == origin[i] else origin[i]  # NaN is not lost
         _store(other, out[start:stop])
