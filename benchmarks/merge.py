@@ -139,12 +139,13 @@ def tell(shape: str, measured: dict[str, dict[str, dict[str, float]]]) -> None:
                 theirs["seconds"] - floor["mergekit --help"]["seconds"],
                 ours["seconds"] - imports,
             )
-            bares.append(work[0] / work[1])
+            if min(work) > 0.0:  # a tiny merge is within what imports vary by
+                bares.append(work[0] / work[1])
             smaller = theirs["peak_anonymous_bytes"] / ours["peak_anonymous_bytes"]
             print(f"{'':16} mergekit {_figures(theirs)}   {ratios[-1]:.1f}x faster, {smaller:.1f}x smaller")
     if ratios:
-        whole, work = (exp(sum(map(log, each)) / len(each)) for each in (ratios, bares))
-        print(f"geometric mean over {len(ratios)} methods: {whole:.1f}x faster, {work:.1f}x without starting up")
+        whole, bare = (f"{exp(sum(map(log, each)) / len(each)):.1f}x" if each else "?" for each in (ratios, bares))
+        print(f"geometric mean over {len(ratios)} methods: {whole} faster, {bare} without starting up")
 
 
 def _figures(usage: dict[str, float]) -> str:
