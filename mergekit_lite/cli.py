@@ -54,7 +54,8 @@ def merge(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="type of the output: bfloat16, float16, float32")] = None,
     rounding: Annotated[
-        str | None, typer.Option(help="nearest, or stochastic: keeps changes too small for 16 bits [default: nearest]")
+        str | None,
+        typer.Option(help="nearest, or stochastic: keeps changes too small for 16 bits (default for model_stock)"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of random masks and random rounding")] = 0,
     tokenizer: Annotated[

@@ -49,8 +49,10 @@ class MergeRecipe(BaseModel):
     parameters: dict[str, Setting] = Field(default_factory=dict, description="of the method, for all models")
     dtype: str | None = Field(default=None, description="type of the output's weights; null keeps the inputs'")
     out_dtype: str | None = Field(default=None, description="the same, and goes before dtype")
-    rounding: Literal["nearest", "stochastic"] = Field(
-        default="nearest", description="of the output to 16 bits; stochastic keeps changes smaller than a step"
+    rounding: Literal["nearest", "stochastic"] | None = Field(
+        default=None,
+        description="of the output to 16 bits; stochastic keeps changes smaller than a step; null: nearest, and "
+        "stochastic for model_stock",
     )
     seed: int = Field(default=0, description="of random masks and random rounding")
     tokenizer: TokenizerRecipe | None = Field(default=None, description="which tokens the output has")

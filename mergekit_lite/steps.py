@@ -109,7 +109,7 @@ class Steps:
         head: str | None,
         embedding: str | None,
         dtype: str | None,
-        rounding: str,
+        rounding: str | None,
         seed: int,
         vocabulary: Vocabulary | None,
     ):
@@ -152,7 +152,7 @@ class Steps:
         mix, name = wanted.mix, wanted.name
         info = TensorInfo(self.dtype or promote([info.dtype for info in infos]), infos[0].shape)
         short, size = info.dtype in ("BF16", "F16"), prod(info.shape)
-        at_random = short and self.rounding == "stochastic"
+        at_random = short and (self.rounding or mix.row.rounding) == "stochastic"
         exact = short and not at_random and mix.base is not None and _is_told(name, size)
         exact = exact and all(info.dtype != "F64" for info in infos)  # which float32 would round first
         made = torch.float32 if at_random or exact else torch_dtype(info.dtype)

@@ -79,3 +79,4 @@ CASES: list[Case] = [
     Case("arcee_fusion (two)", "arcee_fusion", two=True),
 ]
 CASES += [replace(case, name=f"{case.name}, stochastic", rounding="stochastic") for case in CASES]
+CASES += [Case("model_stock, nearest", "model_stock", rounding="nearest")]  # stochastic is its default

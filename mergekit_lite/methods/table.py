@@ -95,6 +95,7 @@ class Method:
     per_model: Mapping[str, Parameter] = field(default_factory=dict)
     shared: Mapping[str, Parameter] = field(default_factory=dict)
     is_random: bool = False
+    rounding: str = "nearest"  # to 16 bits, where the recipe does not say
 
     @property
     def parameters(self) -> set[str]:
@@ -157,6 +158,7 @@ METHODS: dict[str, Method] = {
             "filter_wise": Parameter(default=False, choices=SWITCH),
             "clamp": Parameter(default=True, choices=SWITCH),
         },
+        rounding="stochastic",  # most of its steps are less than half of one of bfloat16's
     ),
     "nearswap": Method(
         nearswap,

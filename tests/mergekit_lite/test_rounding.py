@@ -52,6 +52,33 @@ def test_what_rounding_to_the_nearest_loses_is_told(models: Path, capsys: pytest
     assert report["w"]["kept"] == pytest.approx(1, abs=1e-4)
 
 
+def test_the_short_steps_of_model_stock_are_rounded_at_random(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = torch.Generator().manual_seed(1)
+    base, shared = torch.randn(80, 70, generator=made), torch.randn(80, 70, generator=made)
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        moved = base + 2e-3 * (0.5 * shared + torch.randn(80, 70, generator=made)) * (name != "base")
+        save_file({"w": moved if name != "base" else base.bfloat16()}, tmp_path / name / "model.safetensors")
+    asked = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(tmp_path / "base"), "-m", "model_stock"]
+    for out, options in {
+        "exact": ["--dtype", "float32"],
+        "own": ["--dtype", "bfloat16"],
+        "nearest": ["--dtype", "bfloat16", "--rounding", "nearest"],
+    }.items():
+        assert run([*asked, *options, "-o", str(tmp_path / out)]) == 0
+        assert ("rounding to 16 bits left" in capsys.readouterr().err) == (out == "nearest")
+    way, own, nearest = (
+        load_file(tmp_path / out / "model.safetensors")["w"].double() - base.bfloat16().double()
+        for out in ("exact", "own", "nearest")
+    )
+    along = [((made * way).sum() / (way * way).sum()).item() for made in (own, nearest)]
+    assert along[0] == pytest.approx(1.0, abs=0.1)
+    assert along[1] < 0.8
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "model_stock", "della_linear"])
 def test_telling_changes_no_byte(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = torch.Generator().manual_seed(1)
@@ -62,6 +89,7 @@ def test_telling_changes_no_byte(method: str, tmp_path: Path, monkeypatch: pytes
         moved = base + 0.003 * torch.randn(80, 70, generator=made) * (name != "base")
         save_file({"w": moved.bfloat16()}, tmp_path / name / "model.safetensors")
     asked = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(tmp_path / "base"), "-m", method]
+    asked += ["--rounding", "nearest"]
     assert run([*asked, "-o", str(tmp_path / "told")]) == 0
     monkeypatch.setattr("mergekit_lite.steps.ALL_UP_TO", 0)
     monkeypatch.setattr("mergekit_lite.steps.SOME_UP_TO", 0)
