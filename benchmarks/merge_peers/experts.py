@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 sys.path.append(str(Path(__file__).parents[1] / "quantize_peers"))
-from texts import bible, fortunes, held_out, plays  # noqa: E402
+from texts import bible, fortunes, held_out, plays  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 LENGTH, BATCH = 256, 4  # tokens of a window, windows of a step
 
@@ -40,7 +40,9 @@ def train(base: Path, text: str, out: Path, seed: int, steps: int, rate: float) 
     rows = [{"input_ids": ids[start : start + LENGTH], "labels": ids[start : start + LENGTH]} for start in starts]
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned: Any = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
