@@ -68,9 +68,10 @@ def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]
     """Yield (first element, the tensors' pieces), to be read only; the memory is used again."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     size, types = flat[0].numel(), {tensor.dtype for tensor in tensors}
-    if len(types) == 1 and (arrays := [_view(tensor) for tensor in flat]) and arrays[0] is not None:
+    views = [view for tensor in flat if (view := _view(tensor)) is not None]
+    if len(types) == 1 and len(views) == len(flat):
         for begin in range(0, size, CHUNK):
-            yield begin, tuple(array[begin : begin + CHUNK] for array in arrays if array is not None)
+            yield begin, tuple(view[begin : begin + CHUNK] for view in views)
         return
     buffers = [torch.empty(min(CHUNK, size), dtype=working_type(tensors)) for _ in flat]
     for begin in range(0, size, CHUNK):

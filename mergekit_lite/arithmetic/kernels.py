@@ -41,25 +41,31 @@ def _reinterpreted(_: Any, number: Any) -> Any:
 _bits: Any = intrinsic(_reinterpreted)
 
 
+def _copy(part, out):
+    for i in range(out.size):
+        out[i] = part[i]
+
+
+def _from_bfloat16(part, out):
+    for i in range(out.size):
+        out[i] = _bits(np.uint32(part[i]) << np.uint32(16))
+
+
+def _to_bfloat16(part, out):
+    for i in range(out.size):
+        value = np.float32(part[i])
+        bits = _bits(value)
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        out[i] = np.uint16((bits + half) >> np.uint32(16)) if value == value else np.uint16(0x7FC0)
+
+
 def _load(part, out):
     """Read numbers."""
 
 
 @overload(_load)
 def _compile_load(part, out):
-    if part.dtype == types.uint16:
-
-        def load(part, out):
-            for i in range(out.size):
-                out[i] = _bits(np.uint32(part[i]) << np.uint32(16))
-
-    else:
-
-        def load(part, out):
-            for i in range(out.size):
-                out[i] = part[i]
-
-    return load
+    return _from_bfloat16 if part.dtype == types.uint16 else _copy
 
 
 def _store(part, out):
@@ -68,22 +74,7 @@ def _store(part, out):
 
 @overload(_store)
 def _compile_store(part, out):
-    if out.dtype == types.uint16:
-
-        def store(part, out):
-            for i in range(out.size):
-                value = np.float32(part[i])
-                bits = _bits(value)
-                half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                out[i] = np.uint16((bits + half) >> np.uint32(16)) if value == value else np.uint16(0x7FC0)
-
-    else:
-
-        def store(part, out):
-            for i in range(out.size):
-                out[i] = part[i]
-
-    return store
+    return _to_bfloat16 if out.dtype == types.uint16 else _copy
 
 
 @compiled

@@ -1,6 +1,6 @@
 """Experts to merge: LoRA fine-tunes of one model, each on a kind of text of its own, and held-out text of each kind.
 
-    python benchmarks/merge_peers/experts.py BASE SHAKESPEARE OUT [--seed 0] [--steps 48] [--rate 1e-3]
+    python benchmarks/merge_experts.py BASE SHAKESPEARE OUT [--seed 0] [--steps 48] [--rate 1e-3]
 
 SHAKESPEARE and the Debian packages are those of `quantize_peers/texts.py`. OUT gets bible/, fortunes/ and shakespeare/,
 checkpoints in bfloat16 with the adapters (rank 16, on all linear layers of the blocks) merged into them, rounded to the
@@ -9,16 +9,13 @@ nearest, and held/*.txt, on which none was trained. The seed draws windows and a
 
 import argparse
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from quantize_peers.texts import bible, fortunes, held_out, plays
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
-
-sys.path.append(str(Path(__file__).parents[1] / "quantize_peers"))
-from texts import bible, fortunes, held_out, plays  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 LENGTH, BATCH = 256, 4  # tokens of a window, windows of a step
 
@@ -37,7 +34,7 @@ def train(base: Path, text: str, out: Path, seed: int, steps: int, rate: float) 
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(text)["input_ids"]
     starts = random.Random(seed).sample(range(0, len(ids) - LENGTH, LENGTH), steps * BATCH)
-    rows = [{"input_ids": ids[start : start + LENGTH], "labels": ids[start : start + LENGTH]} for start in starts]
+    rows: Any = [{"input_ids": ids[start : start + LENGTH], "labels": ids[start : start + LENGTH]} for start in starts]
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned: Any = get_peft_model(
@@ -55,7 +52,7 @@ def train(base: Path, text: str, out: Path, seed: int, steps: int, rate: float) 
         seed=seed,
         use_cpu=True,
     )
-    Trainer(model=tuned, args=arguments, train_dataset=rows, data_collator=default_data_collator).train()  # type: ignore[arg-type]
+    Trainer(model=tuned, args=arguments, train_dataset=rows, data_collator=default_data_collator).train()
     tuned.merge_and_unload().to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
