@@ -8,7 +8,7 @@ of a sample: of 2048 x 2048 weights of two models they take about a millisecond,
 TIES 24.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import isfinite, sqrt
 
@@ -16,23 +16,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wtool.pieces import Pieces
+from wtool.rounding import Rounding
+
 LEAST = 4096  # weights of a matrix that tells its figures
 RUNS, RUN = 64, 256  # of neighbours, evenly spaced; matrices of no more weights are looked at whole
+ONE_OF = 8  # of the runs of a larger matrix tells what rounding does, for which it is made once more
+
+
+class Watch:
+    """A merge of which a sample is taken as it is made.
+
+    made:     the merge, able to fill in the wider type `kind` too
+    rounding: to its own type; None where it is made so
+    """
+
+    def __init__(self, made: Pieces, kind: torch.dtype, rounding: Rounding | None = None):
+        self.pieces = Pieces(made.shape, made.dtype, self._fill, made.unit)
+        self.result = np.zeros(min(made.count, RUNS * RUN))
+        self.exact: list[tuple[slice, np.ndarray]] = []  # before it is rounded, of parts of the sample
+        self._made, self._kind, self._rounding = made, kind, rounding
+
+    def _fill(self, begin: int, out: Tensor) -> None:
+        runs = list(_runs(self._made.count, begin, begin + out.numel()))
+        self._look(begin, runs)
+        if self._rounding:
+            plain = torch.empty(out.numel(), dtype=self._kind)
+            self._made.fill(begin, plain)
+            self._rounding(begin, plain, out)
+        else:
+            self._made.fill(begin, out)
+        for places, first, last in runs:
+            self.result[places] = out[first:last].double().numpy()
+
+    def _look(self, begin: int, runs: Sequence[tuple[slice, int, int]]) -> None:
+        """See what is exact, where it is rounded."""
+        if self._made.dtype.itemsize < self._kind.itemsize:
+            for places, first, last in runs:
+                if places.start // RUN % ONE_OF == 0 or self._made.count <= RUNS * RUN:
+                    exact = self._made.some(begin + first, begin + last, self._kind)
+                    self.exact.append((places, exact.double().numpy()))
+
+
+def is_told(tensor: Tensor) -> bool:
+    """Whether there are figures of a tensor: not of vectors and small matrices."""
+    return tensor.dim() >= 2 and tensor.numel() >= LEAST
 
 
 @np.errstate(all="ignore")
-def figures(base: Tensor, models: Sequence[Tensor], merged: Tensor) -> dict[str, float]:
-    """What the report tells of a matrix; nothing of vectors and small matrices.
+def figures(base: Tensor, models: Sequence[Tensor], merged: Watch) -> dict[str, float]:
+    """What the report tells of a matrix.
 
-    base, models, merged: of one shape
+    base, models: of one shape
+    merged: which has been made
     returns: conflict, a share in [0, 1]; cosine, the mean over pairs of models, in [-1, 1]; moved, relative, >= 0, the
-        root of the mean square over models; change, the same of the merge; untouched, a share in [0, 1] of the weights
-        that some model moved; what cannot be told (of a single model, of zeros) is left out
+        root of the mean square over models; change, the same of the merge; kept, how far what was rounded goes along
+        the way from the base to what is exact, 1 where rounding loses nothing on it and 0 where it leads back to the
+        base; untouched, a share in [0, 1] of the weights that some model moved; what cannot be told (of a single
+        model, of zeros) is left out
     """
-    if base.dim() < 2 or base.numel() < LEAST:
-        return {}
-    origin, result = sample(base), sample(merged)
-    moved = [sample(model) - origin for model in models]
+    origin = sample(base)
+    change, moved = merged.result - origin, [sample(model) - origin for model in models]
     told: dict[str, float] = {}
     if len(moved) > 1:
         up, down = (np.any([sign * each > 0 for each in moved], axis=0) for sign in (1, -1))
@@ -42,28 +86,38 @@ def figures(base: Tensor, models: Sequence[Tensor], merged: Tensor) -> dict[str,
         told["cosine"] = sum(cosines) / len(cosines)
     if size := _norm(origin):
         told["moved"] = _norm(np.stack(moved)) / sqrt(len(moved)) / size
-        told["change"] = _norm(result - origin) / size
+        told["change"] = _norm(change) / size
+    ways = [(places, exact - origin[places]) for places, exact in merged.exact]
+    if length := sum(float(np.sum(way * way)) for _, way in ways):
+        told["kept"] = sum(float(np.sum(way * change[places])) for places, way in ways) / length
     if (anywhere := np.any([each != 0 for each in moved], axis=0)).any():
-        told["untouched"] = float(np.mean(result[anywhere] == origin[anywhere]))
+        told["untouched"] = float(np.mean(change[anywhere] == 0))
     return {key: round(value, 6) for key, value in told.items() if isfinite(value)}
-
-
-def kept(base: Tensor, exact: Tensor, rounded: Tensor) -> float | None:
-    """How far a rounded merge goes along the way from the base to the exact one, as a share: 1 where rounding loses
-    nothing on it, 0 where it leads back to the base; nothing where there is no way to go."""
-    origin = sample(base)
-    way = sample(exact) - origin
-    length = float(np.sum(way * way))
-    share = float(np.sum(way * (sample(rounded) - origin))) / length if length else None
-    return None if share is None or not isfinite(share) else round(share, 6)
 
 
 def sample(tensor: Tensor) -> np.ndarray:
     """The same places of every tensor of a shape, as float64 [at most RUNS * RUN]."""
     flat = tensor.detach().contiguous().reshape(-1)
     if len(flat) > RUNS * RUN:
-        flat = torch.as_strided(flat, (RUNS, RUN), ((len(flat) - RUN) // (RUNS - 1), 1), flat.storage_offset())
+        flat = torch.as_strided(flat, (RUNS, RUN), (_stride(len(flat)), 1), flat.storage_offset())
     return flat.double().cpu().numpy().reshape(-1)
+
+
+def _runs(count: int, begin: int, end: int) -> Iterator[tuple[slice, int, int]]:
+    """The parts of the sample that lie in a piece of a tensor: places in the sample, first and end in the piece."""
+    if count <= RUNS * RUN:
+        yield slice(begin, end), 0, end - begin
+        return
+    stride = _stride(count)
+    for run in range(max((begin - RUN) // stride, 0), min((end - 1) // stride + 1, RUNS)):
+        first, last = max(run * stride, begin), min(run * stride + RUN, end)
+        if first < last:
+            place = run * RUN + first - run * stride
+            yield slice(place, place + last - first), first - begin, last - begin
+
+
+def _stride(count: int) -> int:
+    return (count - RUN) // (RUNS - 1)
 
 
 def _cosine(one: np.ndarray, other: np.ndarray) -> float | None:

@@ -1,12 +1,10 @@
 """From a tensor that is wanted to the step that makes it: what is read, in which shape, with which numbers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -15,20 +13,19 @@ from wtool.checkpoint import Checkpoint, TensorInfo
 from wtool.checkpoint.tied import is_tied
 from wtool.dtypes import FLOATS, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
+from wtool.pieces import Pieces
 from wtool.plan import Step, Told
-from wtool.rounding import stochastic
+from wtool.rounding import SHORT, AtRandom, rounded
 
+from .arithmetic.chunks import working_type
 from .arithmetic.random_mask import mask_key
-from .disagreement import LEAST, figures, kept
+from .disagreement import Watch, figures, is_told
 from .methods.table import Method, Parameter
 from .parameters import resolve
 from .roles import Entry, Mix
 
 # Buffers that old versions of transformers saved and new ones compute: not weights, and no loss where one is missing.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-# What rounding to 16 bits loses is told of matrices that are made in float32 first, which takes time and room: of small
-# ones, and of one in so many larger ones.
-ALL_UP_TO, SOME_UP_TO, ONE_OF = 1 << 20, 1 << 24, 16
 MAX_LISTED = 5  # tensors named one by one in a list of problems
 
 
@@ -74,8 +71,8 @@ class Vocabulary(Protocol):
         ...
 
     def aligned(
-        self, function: Callable[..., Tensor | Told], axis: int, sources: Sequence[int], count: int
-    ) -> Callable[..., Tensor | Told]:
+        self, function: Callable[..., Pieces | Told], axis: int, sources: Sequence[int], count: int
+    ) -> Callable[..., Pieces | Told]:
         """The function of the first `count` tensors, with their rows in the output's order; sources: of each tensor."""
         ...
 
@@ -151,29 +148,14 @@ class Steps:
     ) -> Step:
         mix, name = wanted.mix, wanted.name
         info = TensorInfo(self.dtype or promote([info.dtype for info in infos]), infos[0].shape)
-        short, size = info.dtype in ("BF16", "F16"), prod(info.shape)
-        at_random = short and (self.rounding or mix.row.rounding) == "stochastic"
-        exact = short and not at_random and mix.base is not None and _is_told(name, size)
-        exact = exact and all(info.dtype != "F64" for info in infos)  # which float32 would round first
-        made = torch.float32 if at_random or exact else torch_dtype(info.dtype)
-        function: Callable[..., Tensor | Told]
-        function = partial(_call, mix.row, mix.base is not None, self._arguments(wanted, made))
-        if mix.base is not None:
-            function = partial(_call_and_tell, function, name, torch_dtype(info.dtype) if exact else None)
+        kind = torch_dtype(info.dtype)
+        call = partial(_call, mix.row, mix.base is not None, self._arguments(wanted, kind))
+        at_random = kind in SHORT and (self.rounding or mix.row.rounding) == "stochastic"
+        seed = mask_key(self.seed, 0, name) % 2**63 if at_random else None
+        function = partial(_make, call, name if mix.base is not None else None, kind, seed)
         if axis is not None and self.vocabulary is not None:
-            step = self._aligned(self.vocabulary, name, reads, info, function, axis)
-        else:
-            step = Step(tuple(reads), {name: info}, function)
-        step = replace(step, scratch=step.scratch + 4 * size) if exact else step
-        return self._rounded(step, name) if at_random else step
-
-    def _rounded(self, step: Step, name: str) -> Step:
-        """A step that makes float32, with its result rounded at random to the output's type."""
-        assert step.function is not None
-        info = step.outputs[name]
-        seed = mask_key(self.seed, 0, name) % 2**63
-        function = partial(_round, step.function, torch_dtype(info.dtype), seed)
-        return replace(step, function=function, scratch=step.scratch + 4 * prod(info.shape))
+            return self._aligned(self.vocabulary, name, reads, info, function, axis)
+        return Step(tuple(reads), {name: info}, function, in_pieces=True)
 
     def _aligned(
         self,
@@ -181,7 +163,7 @@ class Steps:
         name: str,
         reads: Sequence[tuple[int, str]],
         info: TensorInfo,
-        function: Callable[..., Tensor | Told],
+        function: Callable[..., Pieces | Told],
         axis: int,
     ) -> Step:
         """The step of a tensor that counts tokens, with the sources that have rows its inputs lack."""
@@ -191,7 +173,7 @@ class Steps:
         beside = [(source, read) for source, read in beside if read in self.sources[source].tensors]
         info = vocabulary.shape(axis, info)
         aligned = vocabulary.aligned(function, axis, [*inputs, *(source for source, _ in beside)], len(inputs))
-        return Step((*reads, *beside), {name: info}, aligned, scratch=vocabulary.scratch(info, infos, inputs, axis))
+        return Step((*reads, *beside), {name: info}, aligned, vocabulary.scratch(info, infos, inputs, axis), True)
 
     def _numbers_of(self, entries: Sequence[Entry]) -> list[int]:
         return [self.where[entry.model] for entry in entries]
@@ -254,43 +236,37 @@ class Steps:
         return resolve(key, parameter, [entry.parameters, *mix.shared], name, depth, whose)
 
 
-def _is_told(name: str, size: int) -> bool:
-    """Whether a matrix tells what rounding loses of it."""
-    most = SOME_UP_TO if crc32(name.encode()) % ONE_OF == 0 else ALL_UP_TO
-    return LEAST <= size <= most
-
-
 def _without(shape: Sequence[int], axis: int | None) -> tuple[int, ...]:
     return tuple(size for number, size in enumerate(shape) if number != axis)
 
 
-def _call(method: Method, based: bool, arguments: Mapping[str, Any], *tensors: Tensor) -> Tensor:
+def _call(method: Method, based: bool, arguments: Mapping[str, Any], *tensors: Tensor) -> Pieces:
+    function = method.function.pieces
     if method.may_have_base:
-        return method.function(tensors[0] if based else None, tensors[1:] if based else tensors, **arguments)
+        return function(tensors[0] if based else None, tensors[1:] if based else tensors, **arguments)
     if method.has_base:
-        return method.function(tensors[0], tensors[1:], **arguments)
-    return method.function(tensors, **arguments)
+        return function(tensors[0], tensors[1:], **arguments)
+    return function(tensors, **arguments)
 
 
-def _call_and_tell(call: Callable[..., Tensor], name: str, dtype: torch.dtype | None, *tensors: Tensor) -> Told:
-    """With figures for the report, of a method that has a base.
+def _make(
+    call: Callable[..., Pieces], name: str | None, dtype: torch.dtype, seed: int | None, *tensors: Tensor
+) -> Pieces | Told:
+    """Make a tensor by a method, with figures for the report where there is a base.
 
-    dtype: that the result is to have, if it is not made in it
+    name: of the tensor; None without a base
+    seed: for rounding at random; None where it is to the nearest
     """
-    exact = call(*tensors)
-    merged = exact if dtype is None else exact.to(dtype)
-    told = figures(tensors[0], tensors[1:], merged)
-    if told and dtype is not None and (share := kept(tensors[0], exact, merged)) is not None:
-        told["kept"] = share
-    return Told((merged,), {name.removesuffix(".weight"): told} if told else {})
+    made, rounding = call(*tensors), None if seed is None else AtRandom(dtype, seed)
+    if name is None or not is_told(tensors[0]):
+        return rounded(made, dtype, rounding) if rounding else made
+    watch = Watch(made, torch.float32 if rounding else working_type(tensors), rounding)
+    return Told((watch.pieces,), partial(_figures, name.removesuffix(".weight"), tensors, watch))
 
 
-def _round(call: Callable[..., Any], dtype: torch.dtype, seed: int, *tensors: Tensor) -> Tensor | Told:
-    """With the result rounded at random."""
-    made = call(*tensors)
-    if isinstance(made, Told):
-        return replace(made, tensors=tuple(stochastic(tensor, dtype, seed) for tensor in made.tensors))
-    return stochastic(made, dtype, seed)
+def _figures(name: str, tensors: Sequence[Tensor], watch: Watch) -> dict[str, Any]:
+    told = figures(tensors[0], tensors[1:], watch)
+    return {name: told} if told else {}
 
 
 def _equal(name: str, *tensors: Tensor) -> Tensor:

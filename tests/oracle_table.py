@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_lite.arithmetic.random_mask import RandomBits, RandomMask, mask_key
+from mergekit_lite.arithmetic.random_mask import RandomMask, mask_key
 from mergekit_lite.methods.table import METHODS
+from wtool.random_bits import RandomBits
 
 DEFINITIONS = [importlib.import_module(f"merge_definitions{end}") for end in ("", "_arcs", "_masks")]
 MATRIX = "model.layers.3.self_attn.k_proj.weight"

@@ -2,21 +2,22 @@
 
 Writing many gigabytes through the page cache costs the processor a copy and a page for every 4 KiB, and pushes out
 the very inputs that are being read. Direct writes cost neither, and are on the device when they return. They must be
-aligned in the file and in memory, so data goes through a small aligned buffer, and the ragged ends of a part, which
-share a page with its neighbours, go through the cache as usual. Where the file system knows no direct writes,
-everything does.
+aligned in the file and in memory, so data is put together in a small buffer that has pages as the file has, and the
+ragged ends of a part, which share a page with its neighbours, go through the cache as usual. Where the file system
+knows no direct writes, everything does.
 """
 
 import mmap
 import os
 import threading
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 ALIGNMENT = 4096  # bytes; a multiple of every device's block
-BUFFER = 1 << 22  # bytes, for each thread
+BUFFER = (1 << 21) + ALIGNMENT  # bytes, two for each thread
 SMALL = 1 << 16  # bytes; below, the cache is as good
 _MAX_WRITE = 1 << 30  # bytes; one call writes at most 2 GiB
 
@@ -24,9 +25,13 @@ _local = threading.local()
 
 
 class PlacedFile:
-    """Opened, and created if need be, with its full size."""
+    """Opened, and created if need be, with its full size.
 
-    def __init__(self, path: Path, size: int):
+    disk: where direct writes wait for the device
+    """
+
+    def __init__(self, path: Path, size: int, disk: Executor):
+        self._disk = disk
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self._file, size)
         try:
@@ -34,21 +39,9 @@ class PlacedFile:
         except (OSError, AttributeError):  # the file system, or the system, knows no direct writes
             self._direct = None
 
-    def write(self, data: memoryview, position: int) -> None:
-        """Put bytes at their place."""
-        data = data.cast("B")
-        if self._direct is None or data.nbytes < SMALL:
-            _write_all(self._file, data, position)
-            return
-        first = -position % ALIGNMENT
-        last = data.nbytes - (position + data.nbytes) % ALIGNMENT
-        _write_all(self._file, data[:first], position)
-        _write_all(self._file, data[last:], position + last)
-        source, buffer = np.frombuffer(data, dtype=np.uint8), _aligned_buffer()
-        for begin in range(first, last, BUFFER):
-            size = min(BUFFER, last - begin)
-            np.copyto(buffer[:size], source[begin : begin + size])
-            _write_all(self._direct, buffer.data[:size], position + begin)
+    def place(self, position: int, size: int) -> "Placement":
+        """Begin to write so many bytes from a position on, in their order."""
+        return Placement(self._file, self._direct if size >= SMALL else None, position, self._disk)
 
     def read(self, size: int, position: int) -> bytes:
         """Read up to `size` bytes."""
@@ -64,10 +57,77 @@ class PlacedFile:
             os.close(self._direct)
 
 
-def _aligned_buffer() -> NDArray[np.uint8]:
-    if not hasattr(_local, "buffer"):
-        _local.buffer = np.frombuffer(mmap.mmap(-1, BUFFER), dtype=np.uint8)
-    return _local.buffer
+class Placement:
+    """Bytes on their way to their place: `room` for those that come next, and `end` when all are there.
+
+    One at a time in a thread, whose two buffers it uses in turn: one is filled while the other is written.
+    """
+
+    def __init__(self, file: int, direct: int | None, position: int, disk: Executor):
+        self._file, self._direct, self._disk = file, direct, disk
+        self._filling, self._other = _buffers()
+        self._origin = position // ALIGNMENT * ALIGNMENT  # in the file, of the buffer's first byte
+        self._first = self._last = position - self._origin  # what is in the buffer and not in the file
+
+    def room(self, size: int) -> NDArray[np.uint8]:
+        """Memory for the next bytes, to be filled before more is asked for."""
+        if self._last + size > self._filling.memory.size:
+            self._put()
+        if self._last + size > self._filling.memory.size:
+            larger = _Buffer(self._last + size)
+            larger.memory[: self._last] = self._filling.memory[: self._last]
+            self._filling = larger
+        begin, self._last = self._last, self._last + size
+        return self._filling.memory[begin : self._last]
+
+    def end(self) -> None:
+        """Write what is left, and return when all is written."""
+        self._put()
+        self._through_cache(self._first, self._last)
+        self._other.wait()
+
+    def _put(self) -> None:
+        """Write what is there; of direct writes a last ragged page is kept, and goes on in the other buffer."""
+        if self._direct is None:
+            self._through_cache(self._first, self._last)
+            self._origin, self._first, self._last = self._origin + self._last, 0, 0
+            return
+        begin, end = -(-self._first // ALIGNMENT) * ALIGNMENT, self._last // ALIGNMENT * ALIGNMENT
+        if begin >= end:
+            return
+        self._through_cache(self._first, begin)
+        self._other.wait()
+        self._other.memory[: self._last - end] = self._filling.memory[end : self._last]
+        pages = self._filling.memory.data[begin:end]
+        self._filling.writing = self._disk.submit(_write_all, self._direct, pages, self._origin + begin)
+        self._filling, self._other = self._other, self._filling
+        self._origin, self._first, self._last = self._origin + end, 0, self._last - end
+
+    def _through_cache(self, begin: int, end: int) -> None:
+        _write_all(self._file, self._filling.memory.data[begin:end], self._origin + begin)
+
+
+class _Buffer:
+    """Memory that has pages as a file has, and the writing of it that is under way."""
+
+    def __init__(self, size: int):
+        self.memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+        self.writing: Future[None] | None = None
+
+    def wait(self) -> None:
+        """Until the memory is written and free."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _buffers() -> tuple[_Buffer, _Buffer]:
+    """The thread's."""
+    if not hasattr(_local, "buffers"):
+        _local.buffers = _Buffer(BUFFER), _Buffer(BUFFER)
+    for buffer in _local.buffers:
+        buffer.wait()  # for what an error has left
+    return _local.buffers
 
 
 def _write_all(file: int, data: memoryview, position: int) -> None:

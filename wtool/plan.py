@@ -22,7 +22,12 @@ from wtool.writer import disk_errors
 if TYPE_CHECKING:
     import torch
 
+    from wtool.pieces import Pieces
+
+    Made = torch.Tensor | Pieces
+
 DEFAULT_SHARD_BYTES = 5 * 10**9
+IN_PIECES = 1 << 24  # bytes that a step holds at most of what it makes in pieces, with what is being written
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,9 @@ class Step:
     reads: tuple[tuple[int, str], ...]  # (source, tensor)
     outputs: Mapping[str, TensorInfo]
     # of the tensors read, in their order; None where the outputs come out of a walk through the model
-    function: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...] | Told] | None"
+    function: "Callable[..., Made | tuple[Made, ...] | Told] | None"
     scratch: int = 0  # bytes of memory that the function takes beside the outputs, where they are worth counting
+    in_pieces: bool = False  # the outputs are made a piece at a time, and never whole in memory
 
     @property
     def nbytes_written(self) -> int:
@@ -42,15 +48,19 @@ class Step:
     @property
     def nbytes_in_flight(self) -> int:
         """What the step holds while it runs; inputs are mapped, not held."""
-        return self.nbytes_written + self.scratch
+        held = min(self.nbytes_written, IN_PIECES) if self.in_pieces else self.nbytes_written
+        return held + self.scratch
 
 
 @dataclass(frozen=True)
 class Told:
     """What a step made, with what the manifest's report is to tell of it."""
 
-    tensors: "tuple[torch.Tensor, ...]"
-    report: Mapping[str, Any]  # JSON
+    tensors: "tuple[Made, ...]"
+    report: Mapping[str, Any] | Callable[[], Mapping[str, Any]]  # JSON; what is known when the tensors are written
+
+    def told(self) -> Mapping[str, Any]:
+        return self.report() if callable(self.report) else self.report
 
 
 @dataclass(frozen=True)

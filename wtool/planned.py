@@ -58,6 +58,8 @@ class Planned(Checkpoint):
 
     def read(self, name: str) -> "torch.Tensor":
         """The tensor; what else its step makes is forgotten."""
+        from wtool.pieces import whole
+
         if name not in self._step:
             raise self.missing(name)
         step = self._step[name]
@@ -67,7 +69,7 @@ class Planned(Checkpoint):
         tensors = result.tensors if isinstance(result, Told) else result
         for source, read in step.reads:
             self._plan.sources[source].forget(read)
-        return tensors[list(step.outputs).index(name)] if isinstance(tensors, tuple) else tensors
+        return whole(tensors[list(step.outputs).index(name)] if isinstance(tensors, tuple) else tensors)
 
     def identity(self) -> list[FileIdentity]:
         return [file for source in self._plan.sources for file in source.identity()]

@@ -7,13 +7,19 @@ rounding-off errors", SIAM Review 1(1), 1959; Gupta et al., "Deep Learning with 
 https://arxiv.org/abs/1502.02551 (section 3.1).
 """
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-_TOGETHER = 1 << 17  # numbers, so that what is made of them stays in the processor's cache
-# bits of a float32's mantissa that a type has not; the largest number of it
-_DROPPED = {torch.bfloat16: (16, torch.finfo(torch.bfloat16).max), torch.float16: (13, torch.finfo(torch.float16).max)}
+from wtool.pieces import Pieces, pieces_of
+from wtool.random_bits import RandomBits
+
+Rounding = Callable[[int, Tensor, Tensor], None]
+"""(First element, a piece, room for it in the type to round to.)"""
+
+# types of 16 bits -> bits of a float32's mantissa that one has not; the largest number of it
+SHORT = {torch.bfloat16: (16, torch.finfo(torch.bfloat16).max), torch.float16: (13, torch.finfo(torch.float16).max)}
 
 
 def stochastic(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
@@ -25,20 +31,35 @@ def stochastic(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     tensor: of any type, of any shape, on the CPU; float32 or less is rounded, float64 first to float32
     seed: the same seed rounds the same tensor the same way
     """
-    if dtype not in _DROPPED or tensor.dtype in (dtype, *_DROPPED) or not tensor.is_floating_point():
+    if dtype not in SHORT or tensor.dtype in SHORT or not tensor.is_floating_point():
         return tensor.to(dtype)
-    generator = np.random.PCG64DXSM(seed)
-    result = torch.empty(tensor.shape, dtype=dtype)
-    for some, rounded in zip(tensor.reshape(-1).split(_TOGETHER), result.view(-1).split(_TOGETHER), strict=True):
-        rounded.copy_(_rounded(some.float(), dtype, generator))
-    return result
+    return rounded(pieces_of(tensor), dtype, AtRandom(dtype, seed)).whole()
 
 
-def _rounded(plain: Tensor, dtype: torch.dtype, generator: np.random.PCG64DXSM) -> Tensor:
-    dropped, largest = _DROPPED[dtype]
-    drawn = generator.random_raw(-(-plain.numel() // 4)).view(np.uint16)[: plain.numel()]  # 16 bits a number
-    noise = torch.from_numpy((drawn >> (16 - dropped)).astype(np.int32))
-    up_or_down = noise.add_(plain.view(torch.int32)).bitwise_and_(-1 << dropped).view(torch.float32).to(dtype)
-    if plain.numel() and plain.abs().amax().item() < largest:
-        return up_or_down
-    return torch.where(plain.abs() < largest, up_or_down, plain.to(dtype))
+class AtRandom:
+    """The rounding of a tensor's elements at random, to a type of 16 bits, as `stochastic` tells of it."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self._dropped, self._largest = SHORT[dtype]
+        self._bits = RandomBits(seed)
+
+    def __call__(self, begin: int, plain: Tensor, out: Tensor) -> None:
+        """plain: float32, which is overwritten"""
+        from wtool.loops import shake
+
+        shake(plain.numpy(), self._bits.take(begin, plain.numel()), self._dropped, self._largest)
+        out.copy_(plain)
+
+
+def rounded(made: Pieces, dtype: torch.dtype, rounding: Rounding) -> Pieces:
+    """Pieces in another type.
+
+    made: able to fill in float32, which is what is rounded
+    """
+
+    def fill(begin: int, out: Tensor) -> None:
+        plain = torch.empty(out.numel(), dtype=torch.float32)
+        made.fill(begin, plain)
+        rounding(begin, plain, out)
+
+    return Pieces(made.shape, dtype, fill, made.unit)

@@ -35,15 +35,19 @@ import xxhash
 from wtool.checkpoint.made import MANIFEST as MANIFEST
 from wtool.dtypes import torch_dtype
 from wtool.errors import DiskFull, OutputError, OutputExists, UnfinishedWork, UsageError
-from wtool.placed_file import PlacedFile
+from wtool.placed_file import PlacedFile, Placement
 from wtool.shards import INDEX, Shard, index_of
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 DOWNLOADS = "downloads"  # inputs that are here only while they are read
 PARTS = "parts"
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")  # what is left of s3:// in a path
+_DISK_THREADS = 4  # which wait for the device: as many writes as keep it busy
+_TOGETHER = 1 << 18  # bytes that are put at once, and so are in the processor's cache when they are summed
 _line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # making an encoder a line takes longer
 
 
@@ -57,6 +61,41 @@ def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
     import torch
 
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Placed:
+    """A tensor on its way to its place, with the checksum of what was put there."""
+
+    def __init__(self, placement: Placement, out: Path):
+        self._placement, self._out = placement, out
+        self._sum = xxhash.xxh3_128()
+        self.nbytes = 0
+
+    @property
+    def digest(self) -> str:
+        return self._sum.hexdigest()
+
+    def room(self, size: int) -> "NDArray[np.uint8]":
+        """Memory for the next bytes; `filled` is to be told when they are there."""
+        with disk_errors(self._out):
+            return self._placement.room(size)
+
+    def filled(self, room: "NDArray[np.uint8]") -> None:
+        self._sum.update(room.data)
+        self.nbytes += room.nbytes
+
+    def put(self, data: memoryview) -> None:
+        """Put the next bytes."""
+        for begin in range(0, data.nbytes, _TOGETHER):
+            part = data[begin : begin + _TOGETHER]
+            room = self.room(part.nbytes)
+            room.data[:] = part
+            self.filled(room)
+
+    def end(self) -> None:
+        """Write what is not written yet."""
+        with disk_errors(self._out):
+            self._placement.end()
 
 
 class Writer:
@@ -78,7 +117,7 @@ class Writer:
         self._shard_of = {name: shard for shard in shards for name in shard.tensors}
         self._missing = {shard.filename: len(shard.tensors) for shard in shards}
         self._guard = threading.Lock()
-        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="fsync")
+        self._disk = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="disk")
         self._syncs: list[Future[None]] = []
         self._files: dict[str, PlacedFile] = {}
         self._check_place(force)
@@ -99,20 +138,27 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def write(self, tensors: Mapping[str, "torch.Tensor"], note: Mapping[str, Any] | None = None) -> None:
+    def write(self, tensors: "Mapping[str, torch.Tensor]", note: Mapping[str, Any] | None = None) -> None:
         """Put a step's tensors in their places and note them as done; any thread may call it.
 
         note: what else is to be known of the step after a restart (JSON)
         """
         sums: dict[str, str] = {}
-        with disk_errors(self.out):
-            for name, tensor in tensors.items():
-                shard = self._shard_of[name]
-                data = tensor_bytes(tensor)
-                assert data.nbytes == shard.tensors[name].nbytes, name
-                self._files[shard.filename].write(data, shard.offsets[name])
-                sums[name] = xxhash.xxh3_128(data).hexdigest()
-            self._note_done(sums, dict(note or {}))
+        for name, tensor in tensors.items():
+            with self.place(name) as placed:
+                placed.put(tensor_bytes(tensor))
+            sums[name] = placed.digest
+        self.note_done(sums, note or {})
+
+    @contextmanager
+    def place(self, name: str) -> Iterator[Placed]:
+        """A tensor's place, to put its bytes there in their order; it is not done before `note_done` says so."""
+        shard = self._shard_of[name]
+        info = shard.tensors[name]
+        placed = Placed(self._files[shard.filename].place(shard.offsets[name], info.nbytes), self.out)
+        yield placed
+        placed.end()
+        assert placed.nbytes == info.nbytes, name
 
     def read(self, name: str) -> "torch.Tensor":
         """A tensor that is done."""
@@ -137,25 +183,30 @@ class Writer:
         with disk_errors(self.out):
             file.rename(self.folder / file.name)
             self._files[file.name].close()
-            self._files[file.name] = PlacedFile(self.folder / file.name, shard.size)
+            self._files[file.name] = PlacedFile(self.folder / file.name, shard.size, self._disk)
             if fresh := {name: digest for name, digest in done.items() if name not in self.done}:
-                self._note_done(fresh, dict(note))
+                self.note_done(fresh, note)
 
-    def _note_done(self, sums: dict[str, str], note: dict[str, Any]) -> None:
+    def note_done(self, sums: Mapping[str, str], note: Mapping[str, Any]) -> None:
+        """Note a step's tensors, whose bytes are in their places, as done.
+
+        sums: their checksums
+        note: as `write` takes it
+        """
         line = _line({"done": sums, "note": note}).encode() + b"\n"
-        with self._guard:
+        with disk_errors(self.out), self._guard:
             assert self._journal is not None
             os.write(self._journal, line)
-            self._count_done(sums, note)
+            self._count_done(sums, dict(note))
 
-    def _count_done(self, sums: dict[str, str], note: dict[str, Any]) -> None:
+    def _count_done(self, sums: Mapping[str, str], note: dict[str, Any]) -> None:
         self.done.update(sums)
         self.notes.append(note)
         for name in sums:
             filename = self._shard_of[name].filename
             self._missing[filename] -= 1
             if not self._missing[filename]:  # the disk can start on it while the others are computed
-                self._syncs.append(self._syncer.submit(self._files[filename].sync))
+                self._syncs.append(self._disk.submit(self._files[filename].sync))
 
     def commit(self, files: Mapping[str, bytes | Path]) -> None:
         """Add the files beside the weights, and let the output appear under its name.
@@ -184,7 +235,7 @@ class Writer:
 
     def close(self) -> None:
         """Let go of files and lock; what is unfinished stays, to be continued."""
-        self._syncer.shutdown()
+        self._disk.shutdown()
         for file in self._files.values():
             file.close()
         for descriptor in (getattr(self, "_journal", None), self._lock):
@@ -225,8 +276,10 @@ class Writer:
                 self._count_done(entry["done"], entry["note"])
 
     def _open_shard(self, shard: Shard) -> PlacedFile:
-        file = PlacedFile(self.folder / shard.filename, shard.size)
-        file.write(memoryview(shard.header), 0)
+        file = PlacedFile(self.folder / shard.filename, shard.size, self._disk)
+        header = file.place(0, len(shard.header))
+        header.room(len(shard.header)).data[:] = shard.header
+        header.end()
         return file
 
     def _check_room(self) -> None:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wtool.pieces import Pieces
+
 CHUNK = 1 << 18  # elements
 
 Array = NDArray[Any]
@@ -65,39 +67,40 @@ def _numpy_type(tensors: Sequence[Tensor]) -> type[np.floating]:
 
 
 def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]:
-    """Yield (first element, the tensors' pieces), to be read only; the memory is used again."""
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    size, types = flat[0].numel(), {tensor.dtype for tensor in tensors}
-    views = [view for tensor in flat if (view := _view(tensor)) is not None]
-    if len(types) == 1 and len(views) == len(flat):
-        for begin in range(0, size, CHUNK):
-            yield begin, tuple(view[begin : begin + CHUNK] for view in views)
-        return
-    buffers = [torch.empty(min(CHUNK, size), dtype=working_type(tensors)) for _ in flat]
-    for begin in range(0, size, CHUNK):
-        end = min(begin + CHUNK, size)
-        parts = [buffer[: end - begin].copy_(part[begin:end]) for buffer, part in zip(buffers, flat, strict=True)]
-        yield begin, tuple(part.numpy() for part in parts)
+    """Yield (first element, the tensors' pieces), to be read only."""
+    read = _reader(tensors)
+    for begin in range(0, tensors[0].numel(), CHUNK):
+        yield begin, read(begin, begin + CHUNK)
 
 
-def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute a tensor piece by piece.
+def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Pieces:
+    """A tensor that is computed piece by piece.
 
     tensors: of one shape, any float types
     dtype:   of the result; the inputs' (promoted) if None
     """
-    result = torch.empty(tensors[0].shape, dtype=result_type(tensors, dtype))
-    flat = result.view(-1)
-    direct = _view(flat)
-    buffer = torch.empty(0 if direct is not None else min(CHUNK, flat.numel()), dtype=working_type(tensors))
-    for begin, parts in pieces(tensors):
-        end = begin + parts[0].size
-        if direct is not None:
-            kernel(begin, parts, direct[begin:end])
+    read, kind = _reader(tensors), working_type(tensors)
+
+    def fill(begin: int, out: Tensor) -> None:
+        parts = read(begin, begin + out.numel())
+        if (direct := _view(out)) is not None:
+            kernel(begin, parts, direct)
         else:
-            kernel(begin, parts, buffer.numpy()[: end - begin])
-            flat[begin:end].copy_(buffer[: end - begin])
-    return result
+            buffer = torch.empty(out.numel(), dtype=kind)
+            kernel(begin, parts, buffer.numpy())
+            out.copy_(buffer)
+
+    return Pieces(tensors[0].shape, result_type(tensors, dtype), fill)
+
+
+def _reader(tensors: Sequence[Tensor]) -> Callable[[int, int], tuple[Array, ...]]:
+    """From two elements to the pieces between them, as the loops read them."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    views = [view for tensor in flat if (view := _view(tensor)) is not None]
+    if len(views) == len(flat) and len({tensor.dtype for tensor in flat}) == 1:
+        return lambda begin, end: tuple(view[begin:end] for view in views)
+    kind = working_type(tensors)
+    return lambda begin, end: tuple(part[begin:end].to(kind).numpy() for part in flat)
 
 
 def _view(flat: Tensor) -> Array | None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wtool.pieces import Pieces, pieces_of
+
 from ..methods.linear import linear
 from . import chunks
 from .task_vectors import WHOLE, merge_task_vectors
@@ -31,8 +33,8 @@ def combine(
     *,
     axis: int | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return sum_i f_i x_i, or with a base theta_0 + sum_i f_i (x_i - theta_0).
+) -> Pieces:
+    """sum_i f_i x_i, or with a base theta_0 + sum_i f_i (x_i - theta_0).
 
     factors: f from the Gram matrix of the vectors (of their differences to the base)
     axis:    along which the vectors lie (-1: rows); None, and tensors of less than two axes: the whole tensor is one
@@ -42,7 +44,7 @@ def combine(
         return _combine_vectors(base, models, factors, axis, dtype)
     shares = factors(gram(base, models)[None])[0].tolist()
     if base is None:
-        return linear(models, weight=shares, normalize=False, dtype=dtype)
+        return linear.pieces(models, weight=shares, normalize=False, dtype=dtype)
     thin = [WHOLE] * len(models)
     return merge_task_vectors(
         base, models, thin=thin, weight=shares, elect=False, normalize=False, scale=1.0, dtype=dtype
@@ -95,17 +97,31 @@ def _copy_rows(to: Tensor, rows: Tensor) -> None:
 
 def _combine_vectors(
     base: Tensor | None, models: Sequence[Tensor], factors: Factors, axis: int, dtype: torch.dtype | None
-) -> Tensor:
+) -> Pieces:
     tensors = [*models] if base is None else [base, *models]
-    result = torch.empty(models[0].shape, dtype=chunks.result_type(tensors, dtype))
-    views = [tensor.transpose(axis, -1) for tensor in (result, *tensors)]
+    shape, kind = models[0].shape, chunks.result_type(tensors, dtype)
+    if axis % len(shape) == len(shape) - 1:
+        flat, length = [tensor.reshape(-1) for tensor in tensors], shape[-1]
+
+        def fill(begin: int, out: Tensor) -> None:
+            rows = [part[begin : begin + out.numel()].view(-1, length) for part in flat]
+            _combine_rows(base is not None, rows, factors, out.view(-1, length))
+
+        return Pieces(shape, kind, fill, unit=max(length, 1))
+    whole = torch.empty(shape, dtype=chunks.working_type(tensors))  # vectors lie across all of it
+    views = [tensor.transpose(axis, -1) for tensor in (whole, *tensors)]
     for matrix in product(*map(range, views[0].shape[:-2])):
         out, *inputs = (view[matrix] for view in views)
-        for rows, part in row_pieces(inputs, torch.float64):
-            vectors = part.transpose(0, 1)  # [rows, tensors, length]
-            start = 0.0
-            if base is not None:
-                start, vectors = vectors[:, 0], vectors[:, 1:].sub_(vectors[:, :1])
-            share = factors(torch.bmm(vectors, vectors.mT))[:, None]
-            _copy_rows(out[rows], torch.bmm(share, vectors)[:, 0].add_(start))
-    return result
+        _combine_rows(base is not None, inputs, factors, out)
+    return pieces_of(whole, kind)
+
+
+def _combine_rows(has_base: bool, tensors: Sequence[Tensor], factors: Factors, out: Tensor) -> None:
+    """Combine each row of matrices in any strides; has_base: the first is one."""
+    for rows, part in row_pieces(tensors, torch.float64):
+        vectors = part.transpose(0, 1)  # [rows, tensors, length]
+        start = 0.0
+        if has_base:
+            start, vectors = vectors[:, 0], vectors[:, 1:].sub_(vectors[:, :1])
+        share = factors(torch.bmm(vectors, vectors.mT))[:, None]
+        _copy_rows(out[rows], torch.bmm(share, vectors)[:, 0].add_(start))

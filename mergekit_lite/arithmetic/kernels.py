@@ -9,36 +9,14 @@ All loops are in this file, as numba looks at a function's own file to tell whet
 NaN in an input is NaN in the result, so that it is found: a comparison with it is false, and must then not drop it.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+from numba.extending import overload
+
+from wtool.compiled import bits as _bits
+from wtool.compiled import compiled
 
 BLOCK = 1024  # elements
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile when it is first called, and keep that on the disk where there is a place to keep it."""
-    try:
-        kept: Callable[..., Any] = njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache
-        kept = njit(nogil=True, error_model="numpy")(function)
-    return kept
-
-
-def _reinterpreted(_: Any, number: Any) -> Any:
-    """The lower 32 bits of an integer as a float32, or the other way."""
-    given, kind = (types.uint32, types.float32) if isinstance(number, types.Integer) else (types.float32, types.uint32)
-
-    def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], context.get_value_type(kind))
-
-    return kind(given), build
-
-
-_bits: Any = intrinsic(_reinterpreted)
 
 
 def _copy(part, out):
@@ -450,12 +428,15 @@ def merge_selected(base, models, out, work, cut, end, shares):
 def rank_keys(magnitudes, columns, first, keys):
     """Numbers that sort as the magnitudes of a row do, and of equal ones as their places, which are their low halves.
 
-    first: the place of the first magnitude, where they are of a part of a row
+    first: the place of the first magnitude in its row
     """
-    for row in range(0, magnitudes.size, columns):
-        part, out = magnitudes[row : row + columns], keys[row : row + columns]
+    begin, place = 0, first
+    while begin < magnitudes.size:
+        end = min(begin + columns - place, magnitudes.size)
+        part, out = magnitudes[begin:end], keys[begin:end]
         for i in range(part.size):
-            out[i] = np.uint64(_bits(part[i])) << np.uint64(32) | np.uint64(first + i)
+            out[i] = np.uint64(_bits(part[i])) << np.uint64(32) | np.uint64(place + i)
+        begin, place = end, 0
 
 
 @compiled

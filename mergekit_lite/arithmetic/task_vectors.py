@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wtool.pieces import Pieces
+
 from . import chunks
 from .selection import Cut
 
@@ -54,7 +56,7 @@ def merge_task_vectors(
     normalize: bool,
     scale: float,
     dtype: torch.dtype | None,
-) -> Tensor:
+) -> Pieces:
     """Merge by the five steps above.
 
     thin:      one a model

@@ -16,6 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces, pieces_of
+
 from ..arithmetic import chunks
 from ..arithmetic.gram import row_pieces
 from ..arithmetic.selection import distances, order_statistics
@@ -23,7 +25,8 @@ from ..arithmetic.selection import distances, order_statistics
 FLOOR = 1e-8  # added to each probability
 
 
-def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
+@InPieces
+def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Pieces:
     """Return the base with the important elements of the one other model.
 
     Where no element is more important than another (tensors of one column, whose softmax is 1; models equal to the
@@ -32,7 +35,7 @@ def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype |
     """
     (model,) = models
     if not base.numel():
-        return model.to(chunks.result_type([base, model], dtype))
+        return pieces_of(model, chunks.result_type([base, model], dtype))
     rows = [tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1) for tensor in (base, model)]
     divergence = chunks.of_working_type(rows, _divergence(rows))
     importances = replace(distances(*rows), rows=divergence)
@@ -44,7 +47,7 @@ def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype |
         loop = chunks.kernels().merge_important
         loop(*parts, out, work, begin, rows[0].shape[1], divergence, threshold)
 
-    return chunks.apply(merge, rows, dtype=dtype).view(base.shape)
+    return replace(chunks.apply(merge, rows, dtype=dtype), shape=base.shape)
 
 
 def _divergence(rows: Sequence[Tensor]) -> Tensor:

@@ -15,11 +15,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic import selection
 from ..arithmetic.task_vectors import NOTHING, WHOLE, Thin, merge_task_vectors, rescaled
 from .ties import kept
 
 
+@InPieces
 def breadcrumbs(
     base: Tensor,
     models: Sequence[Tensor],
@@ -31,7 +34,7 @@ def breadcrumbs(
     rescale: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Mask both ends, sum.
 
     weight:    one a model
@@ -48,6 +51,7 @@ def breadcrumbs(
     )
 
 
+@InPieces
 def breadcrumbs_ties(
     base: Tensor,
     models: Sequence[Tensor],
@@ -59,7 +63,7 @@ def breadcrumbs_ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Mask both ends, elect signs as TIES does, sum what agrees; parameters as for `breadcrumbs`.
 
     normalize: divide each element by the sum of the weights that agree with the elected sign

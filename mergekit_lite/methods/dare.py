@@ -15,12 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic.random_mask import RandomMask
 from ..arithmetic.task_vectors import WHOLE, Thin, merge_task_vectors, rescaled
 
 Rescale = Literal["density", "l1", "none"]
 
 
+@InPieces
 def dare_linear(
     base: Tensor,
     models: Sequence[Tensor],
@@ -32,7 +35,7 @@ def dare_linear(
     normalize: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Drop, rescale, sum.
 
     weight:    one a model
@@ -48,6 +51,7 @@ def dare_linear(
     )
 
 
+@InPieces
 def dare_ties(
     base: Tensor,
     models: Sequence[Tensor],
@@ -59,7 +63,7 @@ def dare_ties(
     normalize: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Drop, rescale, elect signs, sum what agrees; parameters as for `dare_linear`.
 
     normalize: divide each element by the sum of the weights that agree with the elected sign

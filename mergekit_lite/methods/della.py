@@ -21,13 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+from wtool.random_bits import RandomBits
+
 from ..arithmetic import chunks
-from ..arithmetic.random_mask import LEVELS, RandomBits
+from ..arithmetic.random_mask import LEVELS
 from ..arithmetic.selection import distances
 from ..arithmetic.task_vectors import WHOLE, Thin, lengths, merge_task_vectors
 from .dare import Rescale
 
 
+@InPieces
 def della(
     base: Tensor,
     models: Sequence[Tensor],
@@ -40,7 +44,7 @@ def della(
     normalize: bool = True,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Drop by rank, rescale, elect signs, merge.
 
     weight:    one a model
@@ -57,6 +61,7 @@ def della(
     return _merge(base, models, masks, weight, True, normalize, lambda_, dtype)
 
 
+@InPieces
 def della_linear(
     base: Tensor,
     models: Sequence[Tensor],
@@ -69,7 +74,7 @@ def della_linear(
     normalize: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Drop by rank, rescale, sum; parameters as for `della`.
 
     normalize: divide the sum by the weights' sum
@@ -130,8 +135,8 @@ def _ascending(base: Tensor, model: Tensor) -> NDArray[np.uint64]:
         return magnitudes.argsort(dim=1, stable=True).numpy().view(np.uint64).reshape(-1)
     keys = np.empty(base.numel(), dtype=np.uint64)
     for begin, magnitudes in distances(base, model).pieces():
-        place = begin % base.shape[1]  # a piece is of whole rows, or of a part of one
-        chunks.kernels().rank_keys(magnitudes, base.shape[1], place, keys[begin : begin + magnitudes.size])
+        place, out = begin % base.shape[1], keys[begin : begin + magnitudes.size]
+        chunks.kernels().rank_keys(magnitudes, base.shape[1], place, out)
     keys.reshape(base.shape).sort(axis=1)
     return keys
 
@@ -170,24 +175,21 @@ def _merge(
     normalize: bool,
     scale: float,
     dtype: torch.dtype | None,
-) -> Tensor:
+) -> Pieces:
     """A few rows at a time, as ranks are within rows."""
-    result = torch.empty(base.shape, dtype=chunks.result_type([base, *models], dtype))
-    flat = result.view(-1)
-    for begin, (original, *tuned) in _rows([base, *models]):
+    columns = _columns(base)
+    matrices = [tensor.reshape(-1, columns) for tensor in (base, *models)]
+
+    def fill(begin: int, out: Tensor) -> None:
+        first = begin // columns
+        original, *tuned = (matrix[first : first + out.numel() // columns] for matrix in matrices)
         thin = [mask.thin(begin, original, model) if mask else WHOLE for mask, model in zip(masks, tuned, strict=True)]
         merged = merge_task_vectors(
-            original,
-            tuned,
-            thin=thin,
-            weight=weight,
-            elect=elect,
-            normalize=normalize,
-            scale=scale,
-            dtype=result.dtype,
+            original, tuned, thin=thin, weight=weight, elect=elect, normalize=normalize, scale=scale, dtype=out.dtype
         )
-        flat[begin : begin + merged.numel()].copy_(merged.view(-1))
-    return result
+        merged.fill(0, out)
+
+    return Pieces(base.shape, chunks.result_type([base, *models], dtype), fill, unit=columns)
 
 
 def _columns(tensor: Tensor) -> int:

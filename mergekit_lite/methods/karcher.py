@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from wtool.errors import UsageError
+from wtool.pieces import InPieces, Pieces
 
 from ..arithmetic.gram import combine, cosines
 
 NO_ARC = 1e-7  # the sine of an angle near 0 or pi, where the arc to a direction is nothing or could be any
 
 
+@InPieces
 def karcher(
     models: Sequence[Tensor],
     *,
@@ -30,7 +32,7 @@ def karcher(
     max_iter: int = 10,
     tol: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Return the mean on the sphere of tensors of one shape, each taken as one vector.
 
     weight:   one a model, 0 or more, only their ratios count; equal ones if None

@@ -7,16 +7,20 @@ increasing inference time", 2022, https://arxiv.org/abs/2203.05482.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic import chunks
 
 
+@InPieces
 def linear(
     models: Sequence[Tensor], *, weight: Sequence[float], normalize: bool = True, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Pieces:
     """Return the weighted mean of tensors of one shape.
 
     weight:    one a model, any finite number
@@ -29,7 +33,7 @@ def linear(
     return weighted_sum(models, [w / total for w in weight], dtype)
 
 
-def weighted_sum(models: Sequence[Tensor], shares: Sequence[float], dtype: torch.dtype | None) -> Tensor:
+def weighted_sum(models: Sequence[Tensor], shares: Sequence[float], dtype: torch.dtype | None) -> Pieces:
     """Return sum_i s_i theta_i."""
     factors, work = chunks.of_working_type(models, shares), chunks.work(models, 2)
 
@@ -39,18 +43,24 @@ def weighted_sum(models: Sequence[Tensor], shares: Sequence[float], dtype: torch
     return chunks.apply(add_up, models, dtype=dtype)
 
 
-def between(first: Tensor, second: Tensor, *, share: float, dtype: torch.dtype | None = None) -> Tensor:
+def between(first: Tensor, second: Tensor, *, share: float, dtype: torch.dtype | None = None) -> Pieces:
     """Return the point on the straight line from one tensor to another: (1 - share) first + share second.
 
     share: 0 gives the first, 1 the second, exactly; values beyond extrapolate
     """
-    result = chunks.result_type([first, second], dtype)
-    if first.dtype == second.dtype == result:  # torch computes 16-bit types in float32 here, and rounds once
-        return torch.lerp(first, second, share)
-
-    factor, work = chunks.of_working_type([first, second], share)[()], chunks.work([first, second], 2)
+    factor = chunks.of_working_type([first, second], share)[()]
 
     def step(_: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
-        chunks.kernels().between(*parts, out, work, factor)
+        chunks.kernels().between(*parts, out, chunks.work([first, second], 2), factor)
 
-    return chunks.apply(step, [first, second], dtype=result)
+    line = chunks.apply(step, [first, second], dtype=dtype)
+    flat, other = first.reshape(-1), second.reshape(-1)
+
+    def lerp(begin: int, out: Tensor) -> None:
+        if not first.dtype == second.dtype == out.dtype:
+            line.fill(begin, out)
+            return
+        end = begin + out.numel()  # torch computes 16-bit types in float32 here, and rounds once
+        torch.lerp(flat[begin:end], other[begin:end], share, out=out)
+
+    return replace(line, fill=lerp)

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic.gram import combine, cosines
 
 
+@InPieces
 def model_stock(
     base: Tensor,
     models: Sequence[Tensor],
@@ -22,7 +25,7 @@ def model_stock(
     filter_wise: bool = False,
     clamp: bool = True,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Move the base towards the mean of two or more models.
 
     filter_wise: an angle for each row (along the last axis) instead of one for the tensor

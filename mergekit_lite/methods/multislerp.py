@@ -14,11 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic.gram import combine, cosines
 
 NOISE = 1e-7  # a mean of directions shorter than this points nowhere: it is float64's rounding of the cosines
 
 
+@InPieces
 def multislerp(
     base: Tensor | None,
     models: Sequence[Tensor],
@@ -27,7 +30,7 @@ def multislerp(
     normalize_weights: bool = True,
     eps: float = 1e-8,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Merge any number of tensors (with a base: their differences to it) by direction and length.
 
     weight:            one a model, of any sign

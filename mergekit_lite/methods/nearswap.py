@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic import chunks
 
 
-def nearswap(base: Tensor, models: Sequence[Tensor], *, t: float, dtype: torch.dtype | None = None) -> Tensor:
+@InPieces
+def nearswap(base: Tensor, models: Sequence[Tensor], *, t: float, dtype: torch.dtype | None = None) -> Pieces:
     """Move the base towards the one other model, by at most t in each element.
 
     t: 0 or more, in the weights' own unit; elements that differ by no more become the other model's exactly

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic.gram import combine, cosines
 
 ON_A_LINE = 1e-6  # the angle's sine, below which the direction of the arc is float32's rounding
 AXES = {"tensor": None, "rows": -1, "columns": -2}
 
 
+@InPieces
 def nuslerp(
     base: Tensor | None,
     models: Sequence[Tensor],
@@ -29,7 +32,7 @@ def nuslerp(
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Interpolate between two tensors, or between their differences to a base.
 
     weight:  of the first and the second; where they sum to 0, half of each

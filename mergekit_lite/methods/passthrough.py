@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces, pieces_of
+
 from .linear import weighted_sum
 
 
-def passthrough(models: Sequence[Tensor], *, scale: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
+@InPieces
+def passthrough(models: Sequence[Tensor], *, scale: float | None = None, dtype: torch.dtype | None = None) -> Pieces:
     """Return the only model's tensor, times `scale` if one is given."""
     (model,) = models
     if scale is None or scale == 1.0:
-        return model.to(dtype or model.dtype).contiguous()
+        return pieces_of(model, dtype)
     return weighted_sum([model], [scale], dtype)

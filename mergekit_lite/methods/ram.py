@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic import chunks
 
 
-def ram(base: Tensor, models: Sequence[Tensor], *, epsilon: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
+@InPieces
+def ram(base: Tensor, models: Sequence[Tensor], *, epsilon: float = 1e-5, dtype: torch.dtype | None = None) -> Pieces:
     """Add what is unique, average what is shared.
 
     epsilon: a change of no more than this is none, >= 0
@@ -27,6 +30,7 @@ def ram(base: Tensor, models: Sequence[Tensor], *, epsilon: float = 1e-5, dtype:
     return _merge(base, models, [0.0] * len(models), epsilon, dtype)
 
 
+@InPieces
 def ramplus_tl(
     base: Tensor,
     models: Sequence[Tensor],
@@ -35,7 +39,7 @@ def ramplus_tl(
     alpha: float = 0.2,
     epsilon: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Add what is unique, scaled up by how much is shared, average what is shared.
 
     r:       how much a model's unique elements are scaled up for its ratio of shared to unique ones
@@ -48,7 +52,7 @@ def ramplus_tl(
 
 def _merge(
     base: Tensor, models: Sequence[Tensor], boosts: Sequence[float], epsilon: float, dtype: torch.dtype | None
-) -> Tensor:
+) -> Pieces:
     """boosts: lambda_i - 1"""
     tensors = [base, *models]
     times = chunks.of_working_type(tensors, [1.0 + boost for boost in boosts])

@@ -19,13 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic import chunks, selection
 from ..arithmetic.task_vectors import ALL
 
 
+@InPieces
 def sce(
     base: Tensor, models: Sequence[Tensor], *, select_topk: float = 1.0, dtype: torch.dtype | None = None
-) -> Tensor:
+) -> Pieces:
     """Select, calculate, erase, merge.
 
     select_topk: share to keep of the elements in which the models differ at all, in [0, 1]; 1 keeps all elements.

@@ -15,13 +15,16 @@ from math import acos, sin, sqrt
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic.gram import gram
 from .linear import between, weighted_sum
 
 STRAIGHT = 0.9995  # beyond this cosine, the line
 
 
-def slerp(models: Sequence[Tensor], *, t: float, dtype: torch.dtype | None = None) -> Tensor:
+@InPieces
+def slerp(models: Sequence[Tensor], *, t: float, dtype: torch.dtype | None = None) -> Pieces:
     """Interpolate between two tensors of one shape.
 
     t: 0 gives the first, 1 the second, exactly; values beyond extrapolate

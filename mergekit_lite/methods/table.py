@@ -1,11 +1,12 @@
 """The table of merge methods: a row each, with the numbers it takes. The arithmetic is in a file each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
 from wtool.errors import UsageError
+from wtool.pieces import InPieces
 
 from .arcee_fusion import arcee_fusion
 from .breadcrumbs import breadcrumbs, breadcrumbs_ties
@@ -86,7 +87,7 @@ MASKED = {"rescale": L1_RESCALE, "lambda": LAMBDA, "int8_mask": IGNORED}
 class Method:
     """A row of the table of methods."""
 
-    function: Callable[..., Any]
+    function: InPieces[...]
     summary: str
     has_base: bool = False  # takes (base, models, …), and needs a base; else (models, …)
     may_have_base: bool = False  # takes (base or None, models, …): with a base it merges task vectors, else weights

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic.task_vectors import WHOLE, merge_task_vectors
 
 
+@InPieces
 def task_arithmetic(
     base: Tensor,
     models: Sequence[Tensor],
@@ -21,7 +24,7 @@ def task_arithmetic(
     normalize: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Add weighted task vectors to the base.
 
     weight:    one a model; negative to unlearn

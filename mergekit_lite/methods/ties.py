@@ -11,10 +11,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from wtool.pieces import InPieces, Pieces
+
 from ..arithmetic import selection
 from ..arithmetic.task_vectors import NOTHING, WHOLE, Thin, merge_task_vectors, rescaled
 
 
+@InPieces
 def ties(
     base: Tensor,
     models: Sequence[Tensor],
@@ -25,7 +28,7 @@ def ties(
     rescale: bool = False,
     lambda_: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Pieces:
     """Trim, elect signs, merge.
 
     weight:    one a model

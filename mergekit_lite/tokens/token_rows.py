@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from wtool.checkpoint import TensorInfo
+from wtool.pieces import Pieces
 from wtool.plan import Told
 
 from ..arithmetic.chunks import working_type
 from .tokenizer import Tokens
 
-Function = Callable[..., Tensor | Told]
+Function = Callable[..., Pieces | Told]
 LACKING = -1
 MEAN_ROWS = 1 << 12  # rows that are summed at a time
 
@@ -127,7 +128,7 @@ def aligned(function: Function, rows: RowMap, axis: int, sources: Sequence[int],
 
 def _aligned(
     function: Function, rows: RowMap, axis: int, sources: tuple[int, ...], count: int, *tensors: Tensor
-) -> Tensor | Told:
+) -> Pieces | Told:
     turned = [tensor.movedim(axis, 0) for tensor in tensors]
     common = _means(rows, sources, turned)
     inputs = [_input(rows, source, own, common) for source, own in zip(sources[:count], turned[:count], strict=True)]

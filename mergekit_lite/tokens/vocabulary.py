@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from wtool.checkpoint import Checkpoint, TensorInfo
 from wtool.checkpoint.tied import embedding_name
+from wtool.pieces import Pieces
 from wtool.plan import Told
 
 from . import token_rows
@@ -77,8 +76,8 @@ class NewVocabulary:
         return token_rows.beside(self.rows, sources)
 
     def aligned(
-        self, function: Callable[..., Tensor | Told], axis: int, sources: Sequence[int], count: int
-    ) -> Callable[..., Tensor | Told]:
+        self, function: Callable[..., Pieces | Told], axis: int, sources: Sequence[int], count: int
+    ) -> Callable[..., Pieces | Told]:
         """The function of the first `count` tensors, with their rows in the output's order; sources: of each tensor."""
         return token_rows.aligned(function, self.rows, axis, sources, count)
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from mergekit_lite.arithmetic import chunks
+from wtool import pieces
 
 
 @pytest.fixture(params=[chunks.CHUNK, 16], ids=["one-piece", "many-pieces"])
 def piece(request, monkeypatch):
     """The same results are due whether a tensor is walked in one piece or in many."""
     monkeypatch.setattr(chunks, "CHUNK", request.param)
+    monkeypatch.setattr(pieces, "PIECE", request.param)
     return request.param
 
 

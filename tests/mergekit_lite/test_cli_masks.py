@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_lite.arithmetic.random_mask import RandomBits, mask_key
+from mergekit_lite.arithmetic.random_mask import mask_key
 from wtool.cli import run
+from wtool.random_bits import RandomBits
 
 SHAPES = {"model.embed_tokens.weight": (12, 7), "model.layers.0.mlp.up_proj.weight": (9, 7), "model.norm.weight": (7,)}
 

@@ -7,13 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_lite.disagreement import LEAST, RUN, RUNS, figures, kept, sample
+from mergekit_lite.disagreement import LEAST, ONE_OF, RUN, RUNS, Watch, is_told, sample
+from mergekit_lite.disagreement import figures as figures_of
+from wtool import pieces
+from wtool.pieces import pieces_of
+from wtool.rounding import AtRandom, stochastic
 
 
 def matrices(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor]:
     made = torch.Generator().manual_seed(rows)
     base, *models, merged = (torch.randn(rows, columns, generator=made).to(dtype) for _ in range(5))
     return base, [base + 0.1 * model for model in models], merged
+
+
+def figures(base: Tensor, models: list[Tensor], merged: Tensor, dtype: torch.dtype | None = None) -> dict[str, float]:
+    watch = Watch(pieces_of(merged, dtype), torch.float32)
+    watch.pieces.whole()
+    return figures_of(base, models, watch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,20 +50,25 @@ def test_they_are_what_is_defined(dtype: torch.dtype) -> None:
         "change": change,
         "untouched": 1 - sum(touched) / len(touched),
     }
-    assert figures(base, models, merged) == pytest.approx(expected, abs=1e-6)
+    told = figures(base, models, merged)
+    assert told.pop("kept", 1.0) == 1.0
+    assert told == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_is_kept_by_definition() -> None:
     base, (model, *_), _ = matrices(64, 64)
-    rounded = model.bfloat16()
     way = [
         (x - y, z - y)
-        for x, y, z in zip(*(each.double().flatten().tolist() for each in (model, base, rounded)), strict=True)
+        for x, y, z in zip(*(each.double().flatten().tolist() for each in (model, base, model.bfloat16())), strict=True)
     ]
     expected = sum(a * b for a, b in way) / sum(a * a for a, _ in way)
-    assert kept(base, model, rounded) == pytest.approx(expected, abs=1e-6)
-    assert kept(base, model, model) == 1 and kept(base, model, base) == 0 and kept(base, base, base) is None
-    assert kept(base, model, 2 * base - model) == pytest.approx(-1, abs=1e-3)
+    assert figures(base, [model], model, torch.bfloat16)["kept"] == pytest.approx(expected, abs=1e-6)
+    held = base.bfloat16().float()
+    assert figures(held, [model], model.bfloat16().float(), torch.bfloat16)["kept"] == 1
+    near = torch.nextafter(held, torch.full_like(held, torch.inf))
+    assert figures(held, [near], near, torch.bfloat16)["kept"] == 0
+    assert "kept" not in figures(base, [model], model), "nothing is rounded"
+    assert "kept" not in figures(held, [model], held, torch.bfloat16), "there is no way to go"
 
 
 def test_opposite_and_equal_models() -> None:
@@ -87,6 +102,25 @@ def test_what_cannot_be_told_is_left_out() -> None:
     zeros, ones = torch.zeros(64, 64), torch.ones(64, 64)
     assert figures(zeros, [zeros, zeros], zeros) == {"conflict": 0.0}
     assert figures(ones, [zeros], zeros) == {"moved": 1.0, "change": 1.0, "untouched": 0.0}
-    assert figures(ones[:1, : LEAST - 1], [ones[:1, : LEAST - 1]], ones[:1, : LEAST - 1]) == {}
-    assert figures(torch.ones(LEAST), [torch.ones(LEAST)], torch.ones(LEAST)) == {}
+    assert is_told(ones) and not is_told(ones.view(1, -1)[:, : LEAST - 1]) and not is_told(torch.ones(LEAST))
     assert figures(ones, [ones * math.inf, ones], ones * math.nan) == {"conflict": 0.0, "untouched": 0.0}
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 700, 1 << 18])
+@pytest.mark.parametrize("count", [100, RUNS * RUN, RUNS * RUN + 1, 300_007])
+def test_watching_takes_the_sample_and_changes_no_byte(
+    count: int, size: int, dtype: torch.dtype, rounding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == 1 and count > 100 or rounding and dtype == torch.float32:
+        return
+    monkeypatch.setattr(pieces, "PIECE", size)
+    exact = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    watch = Watch(pieces_of(exact, dtype), torch.float32, AtRandom(dtype, 3) if rounding else None)
+    made = watch.pieces.whole()
+    assert torch.equal(made, stochastic(exact, dtype, 3) if rounding else exact.to(dtype))
+    assert np.array_equal(watch.result, sample(made))
+    assert all(np.array_equal(part, sample(exact)[places]) for places, part in watch.exact)
+    looked_at = sum(part.size for _, part in watch.exact)
+    assert looked_at == (dtype != torch.float32) * (count if count <= RUNS * RUN else RUNS * RUN // ONE_OF)

@@ -79,44 +79,6 @@ def test_the_short_steps_of_model_stock_are_rounded_at_random(
     assert along[1] < 0.8
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "model_stock", "della_linear"])
-def test_telling_changes_no_byte(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = torch.Generator().manual_seed(1)
-    base = torch.randn(80, 70, generator=made)
-    for name in ("base", "a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        moved = base + 0.003 * torch.randn(80, 70, generator=made) * (name != "base")
-        save_file({"w": moved.bfloat16()}, tmp_path / name / "model.safetensors")
-    asked = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(tmp_path / "base"), "-m", method]
-    asked += ["--rounding", "nearest"]
-    assert run([*asked, "-o", str(tmp_path / "told")]) == 0
-    monkeypatch.setattr("mergekit_lite.steps.ALL_UP_TO", 0)
-    monkeypatch.setattr("mergekit_lite.steps.SOME_UP_TO", 0)
-    assert run([*asked, "-o", str(tmp_path / "untold")]) == 0
-    told, untold = (load_file(tmp_path / name / "model.safetensors")["w"] for name in ("told", "untold"))
-    assert torch.equal(told, untold)
-    reports = [json.loads((tmp_path / name / "wtool.json").read_text())["report"]["w"] for name in ("told", "untold")]
-    assert 0 < reports[0].pop("kept") < 1.5 and reports[0] == reports[1]
-
-
-def test_of_larger_matrices_some_tell_and_of_the_largest_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = {f"layers.{i}.w": (80, 70) for i in range(40)} | {f"layers.{i}.large": (90, 80) for i in range(40)}
-    for name in ("base", "a"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
-        tensors = {each: torch.full(shape, 1.0 + (name == "a"), dtype=torch.bfloat16) for each, shape in shapes.items()}
-        save_file(tensors, tmp_path / name / "model.safetensors")
-    monkeypatch.setattr("mergekit_lite.steps.ALL_UP_TO", 80 * 70 - 1)
-    monkeypatch.setattr("mergekit_lite.steps.SOME_UP_TO", 80 * 70)
-    asked = ["merge", str(tmp_path / "a"), "--base", str(tmp_path / "base"), "-m", "task_arithmetic"]
-    assert run([*asked, "-o", str(tmp_path / "out")]) == 0
-    report = json.loads((tmp_path / "out" / "wtool.json").read_text())["report"]
-    assert len(report) == 80
-    told = [name for name, entry in report.items() if "kept" in entry]
-    assert 1 <= len(told) <= 8 and all(name.endswith(".w") for name in told)
-
-
 def test_the_seed_decides(models: Path) -> None:
     first = merged(models, "first", "--rounding", "stochastic", "--workers", "1")
     again = merged(models, "again", "--rounding", "stochastic", "--workers", "3")

@@ -1,9 +1,9 @@
 """Runs a plan in this process: a few threads, each with one step in flight.
 
-A worker asks the system for the bytes of the step that comes next, computes its own from mapped inputs, writes
-the result to its place and forgets both. The steps are in the order of the output's shards, so inputs laid out
-alike are read from front to back. Results do not depend on the number of workers: a step knows no other step, and
-torch computes with one thread inside each.
+A worker asks the system for the bytes of the step that comes next, computes its own from mapped inputs, and puts
+the result in its place: a piece at a time where the step makes it so, which is checked and summed in passing. The
+steps are in the order of the output's shards, so inputs laid out alike are read from front to back. Results do not
+depend on the number of workers: a step knows no other step, and torch computes with one thread inside each.
 """
 
 import logging
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
+from numpy.typing import NDArray
 
 from wtool import __version__
 from wtool.console import working_on
@@ -22,10 +25,11 @@ from wtool.errors import RuntimeProblem, UsageError
 from wtool.executors.budget import Budget
 from wtool.finite import first_nonfinite
 from wtool.memory import keep_freed_memory
+from wtool.pieces import Pieces, pieces_of
 from wtool.plan import Plan, Step, Told
 from wtool.shards import json_bytes
 from wtool.threads import available_processors, thread_pool
-from wtool.writer import MANIFEST, Writer, checksum, is_complete
+from wtool.writer import MANIFEST, Writer, checksum, is_complete, tensor_bytes
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +49,8 @@ class Outcome:
 
 
 def default_workers() -> int:
-    """One for each processor this process may use, and one more to wait for the disk."""
-    return available_processors() + 1
+    """One for each processor this process may use; others wait for the disk."""
+    return available_processors()
 
 
 def _useful_workers(steps: Sequence[Step]) -> int:
@@ -82,7 +86,7 @@ def run(
 ) -> Outcome:
     """Carry out a plan, or go on with one that was stopped.
 
-    workers: threads; if None one more than there are processors, as one is likely to wait for the disk
+    workers: threads; if None as many as there are processors
     memory: bytes that the steps in flight may hold together; None for no bound but the workers
     force: replace an output that is there, discard unfinished work of another recipe
     allow_nonfinite: write NaN and infinity instead of refusing them
@@ -176,25 +180,70 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
     assert step.function is not None
     result = step.function(*inputs)
     told = result if isinstance(result, Told) else None
-    result = result.tensors if isinstance(result, Told) else result
-    tensors = dict(zip(step.outputs, (result,) if isinstance(result, torch.Tensor) else result, strict=True))
-    if not allow_nonfinite:
-        for name, tensor in tensors.items():
-            if (element := first_nonfinite(tensor)) is not None:
-                raise _nonfinite(plan, step, inputs, name, tensor, element)
-    sums = [
-        [source, name, checksum(tensor.contiguous())] for (source, name), tensor in zip(step.reads, inputs, strict=True)
-    ]
-    writer.write(tensors, note={"inputs": sums, **({"report": told.report} if told else {})})
+    made = result.tensors if isinstance(result, Told) else result
+    made = made if isinstance(made, tuple) else (made,)
+    sums = [Sum(tensor) for tensor in inputs]
+    digests: dict[str, str] = {}
+    for name, each in zip(step.outputs, made, strict=True):
+        each = each if isinstance(each, Pieces) else pieces_of(each)
+        with writer.place(name) as placed:
+            for first, end in each.ranges():
+                room = placed.room((end - first) * each.dtype.itemsize)
+                piece = _fill(each, first, end - first, room)
+                if not allow_nonfinite and (element := first_nonfinite(piece)) is not None:
+                    raise _nonfinite(plan, step, inputs, name, piece, element, first)
+                placed.filled(room)
+                if len(made) == 1:
+                    for number in sums:
+                        number.go_on(end, each.count)
+        digests[name] = placed.digest
+    read = [[source, name, each.end()] for (source, name), each in zip(step.reads, sums, strict=True)]
+    writer.note_done(digests, {"inputs": read, **({"report": told.told()} if told else {})})
     for source, name in step.reads:
         plan.sources[source].forget(name)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: done in %.3f s", ", ".join(step.outputs), time.perf_counter() - begin)
 
 
+def _fill(made: Pieces, first: int, count: int, room: NDArray[np.uint8]) -> torch.Tensor:
+    """Make a piece in its room."""
+    memory = torch.from_numpy(room)
+    if memory.data_ptr() % made.dtype.itemsize:  # after a tensor of another type
+        piece = made.some(first, first + count, made.dtype)
+        memory.copy_(piece.view(torch.uint8))
+        return piece
+    piece = memory.view(made.dtype)
+    made.fill(first, piece)
+    return piece
+
+
+class Sum:
+    """The checksum of an input, taken piece by piece as they are read, when they are in the processor's cache."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._count = tensor.numel()
+        self._bytes = tensor_bytes(tensor.contiguous())
+        self._done = 0
+        self._sum = xxhash.xxh3_128()
+
+    def go_on(self, end: int, count: int) -> None:
+        """A step has come to one of so many elements; if the input has as many, it has been read to there."""
+        if count == self._count:
+            self._to(end * (len(self._bytes) // count))
+
+    def end(self) -> str:
+        self._to(len(self._bytes))
+        return self._sum.hexdigest()
+
+    def _to(self, end: int) -> None:
+        self._sum.update(self._bytes[self._done : end])
+        self._done = end
+
+
 def _nonfinite(
-    plan: Plan, step: Step, inputs: list[torch.Tensor], name: str, result: torch.Tensor, element: int
+    plan: Plan, step: Step, inputs: list[torch.Tensor], name: str, piece: torch.Tensor, element: int, first: int
 ) -> RuntimeProblem:
+    """element: of the piece, which begins with the `first` of the result"""
     cure = "--allow-nonfinite writes it as it is"
     for (source, read), tensor in zip(step.reads, inputs, strict=True):
         if (where := first_nonfinite(tensor)) is not None:
@@ -202,10 +251,10 @@ def _nonfinite(
             return RuntimeProblem(
                 f"{plan.sources[source].label}: tensor '{read}' has {value} at element {where}; {cure}"
             )
-    value = result.reshape(-1)[element].item()
-    dtype = str(result.dtype).removeprefix("torch.")
+    value = piece.reshape(-1)[element].item()
+    dtype = str(piece.dtype).removeprefix("torch.")
     return RuntimeProblem(
-        f"tensor '{name}': the result is {value} at element {element} in {dtype} though all inputs are finite "
+        f"tensor '{name}': the result is {value} at element {first + element} in {dtype} though all inputs are finite "
         f"(weights that cancel, or values beyond {dtype}); {cure}"
     )
 

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from wtool.errors import UnfinishedWork
 from wtool.executors.local import run_steps
 from wtool.plan import Plan, Step, Told
@@ -23,6 +21,8 @@ from wtool.writer import MANIFEST, PARTS, Writer, is_complete
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from wtool.plan import Made
 
 PATIENCE = 120.0  # seconds to wait for a process that is taken for dead and is not, or whose lock a server still keeps
 
@@ -67,11 +67,11 @@ def _within(step: Step, shard: Shard) -> Step:
     return replace(step, outputs=outputs, function=partial(_some, function=step.function, kept=kept))
 
 
-def _some(*inputs: "Tensor", function: Any, kept: Sequence[int]) -> "tuple[Tensor, ...] | Told":
+def _some(*inputs: "Tensor", function: Any, kept: Sequence[int]) -> "tuple[Made, ...] | Told":
     """Some of what a function makes."""
     result = function(*inputs)
     made = result.tensors if isinstance(result, Told) else result
-    made = (made,) if isinstance(made, torch.Tensor) else made
+    made = made if isinstance(made, tuple) else (made,)
     some = tuple(made[number] for number in kept)
     return Told(some, result.report) if isinstance(result, Told) else some
 

@@ -5,13 +5,14 @@ import torch
 
 from mergekit_lite.arithmetic import kernels
 from mergekit_lite.methods.linear import between, weighted_sum
+from wtool import compiled
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def test_every_bfloat16_is_read_as_it_is():
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
-    read = weighted_sum([numbers], [1.0], torch.float32)
+    read = weighted_sum([numbers], [1.0], torch.float32).whole()
     torch.testing.assert_close(read, numbers.float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -21,7 +22,7 @@ def test_floats_are_rounded_to_bfloat16_as_torch_does():
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1234])
     bits = (high[:, None] + low).view(-1)
     numbers = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
-    rounded = weighted_sum([numbers], [1.0], torch.bfloat16)
+    rounded = weighted_sum([numbers], [1.0], torch.bfloat16).whole()
     torch.testing.assert_close(rounded, numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -32,7 +33,7 @@ def test_types_are_mixed(piece, first, second, dtype):
     generator = torch.Generator().manual_seed(0)
     models = [torch.randn(7, 11, generator=generator).to(kind) for kind in (first, second)]
     exact = 0.25 * models[0].double() + 0.75 * models[1].double()
-    found = weighted_sum(models, [0.25, 0.75], dtype)
+    found = weighted_sum(models, [0.25, 0.75], dtype).whole()
     assert found.dtype == (dtype or torch.promote_types(first, second))
     torch.testing.assert_close(found, exact.to(found.dtype))
 
@@ -41,9 +42,9 @@ def test_types_are_mixed(piece, first, second, dtype):
 def test_a_line_has_its_ends(piece, dtype):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(100, generator=generator).to(dtype) for _ in range(2))
-    assert torch.equal(between(a, b, share=0.0, dtype=torch.float64), a.double())
-    assert torch.equal(between(a, b, share=1.0, dtype=torch.float64), b.double())
-    middle = between(a, b, share=0.5, dtype=torch.float64)
+    assert torch.equal(between(a, b, share=0.0, dtype=torch.float64).whole(), a.double())
+    assert torch.equal(between(a, b, share=1.0, dtype=torch.float64).whole(), b.double())
+    middle = between(a, b, share=0.5, dtype=torch.float64).whole()
     torch.testing.assert_close(middle, (a.double() + b.double()) / 2, rtol=1e-6, atol=1e-6)
 
 
@@ -66,6 +67,6 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return compile_(**options)
 
-    monkeypatch.setattr(kernels, "njit", without_a_place)
-    double = kernels.compiled(lambda x: x + x)
+    monkeypatch.setattr(compiled, "njit", without_a_place)
+    double = compiled.compiled(lambda x: x + x)
     assert double(2) == 4 and double.nopython_signatures

@@ -4,8 +4,10 @@ import torch
 from shapes import SHAPES, TYPES
 
 from mergekit_lite.arithmetic import chunks
-from mergekit_lite.arithmetic.random_mask import RandomBits, mask_key
+from mergekit_lite.arithmetic.random_mask import mask_key
 from mergekit_lite.methods.della import della, della_linear
+from wtool import pieces
+from wtool.random_bits import RandomBits
 
 METHODS = {"della": della, "della_linear": della_linear}
 KEYS = [11, 22, 33]
@@ -94,6 +96,7 @@ def test_masks_do_not_depend_on_the_pieces(monkeypatch, shape):
     assert 0 < (whole != 0).sum() < whole.numel()
     for size in (4, 32, 512):
         monkeypatch.setattr(chunks, "CHUNK", size)
+        monkeypatch.setattr(pieces, "PIECE", size)
         assert torch.equal(della(torch.zeros(shape), [model], **options), whole)
 
 

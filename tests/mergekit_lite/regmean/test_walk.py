@@ -247,7 +247,7 @@ def test_a_walk_that_was_stopped_goes_on(
 ) -> None:
     folders = models("llama", short=True)
     straight = merge(folders, texts, tmp_path / "straight", "-m", method)
-    write, out = Writer.write, tmp_path / "out"
+    write, out = Writer.note_done, tmp_path / "out"
     left = [moment]
 
     def some(self: Writer, *args: Any, **named: Any) -> None:
@@ -257,7 +257,7 @@ def test_a_walk_that_was_stopped_goes_on(
         write(self, *args, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Writer, "write", some)
+        patched.setattr(Writer, "note_done", some)
         with pytest.raises(Stopped):
             merge(folders, texts, out, "-m", method)
     assert (work_folder(out) / "journal").read_bytes().count(b"\n") == moment + 1

@@ -100,7 +100,7 @@ def test_what_is_in_the_cache_already_is_used_and_stays(hub, models, tmp_path):
 def test_a_work_that_was_stopped_fetches_only_what_is_left(hub, models, tmp_path, monkeypatch):
     from wtool.writer import Writer
 
-    write, calls = Writer.write, []
+    write, calls = Writer.note_done, []
 
     def stopping(self, tensors, note=None):
         write(self, tensors, note)
@@ -108,10 +108,10 @@ def test_a_work_that_was_stopped_fetches_only_what_is_left(hub, models, tmp_path
         if len(calls) == 40:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "write", stopping)
+    monkeypatch.setattr(Writer, "note_done", stopping)
     command = ["merge", "org/a", "--method", "passthrough", "-o", "low", "--low-disk", "--quiet", "--workers", "1"]
     assert run(command) == 130
-    monkeypatch.setattr(Writer, "write", write)
+    monkeypatch.setattr(Writer, "note_done", write)
     assert not (tmp_path / "low").exists()
     hub.requests = watched = Watched(tmp_path / ".low.wtool/downloads")
     assert run(command) == 0

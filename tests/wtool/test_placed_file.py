@@ -1,0 +1,83 @@
+"""Files whose parts are written in any order: the bytes are where they belong, direct writes or not."""
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wtool import placed_file
+from wtool.placed_file import PlacedFile
+
+SIZE = 3_000_000
+CUTS = [
+    [0, SIZE],
+    [0, 8, 4096, 70_000, 70_001, 200_000, 2_999_999, SIZE],
+    [0, 4096, 4096 + 65536, 1_000_000, SIZE],
+]
+
+
+@pytest.fixture(params=["direct", "cached"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PlacedFile]:
+    monkeypatch.setattr(placed_file, "BUFFER", 1 << 17)
+    monkeypatch.setattr(placed_file, "_local", threading.local())
+    if request.param == "cached":
+        monkeypatch.delattr(os, "O_DIRECT")
+    elif not is_direct(tmp_path):
+        pytest.skip("the temporary folder's file system knows no direct writes; those through the cache are tested")
+    with ThreadPoolExecutor(2) as disk:
+        file = PlacedFile(tmp_path / "file", SIZE, disk)
+        yield file
+        file.close()
+
+
+def is_direct(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder / "tried", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def put(file: PlacedFile, data: np.ndarray, position: int, step: int) -> None:
+    placement = file.place(position, data.size)
+    for begin in range(0, data.size, step):
+        part = data[begin : begin + step]
+        placement.room(part.size)[:] = part
+    placement.end()
+
+
+@pytest.mark.parametrize("step", [1000, 4096, 65_536, 100_001, 1 << 21])
+@pytest.mark.parametrize("cuts", CUTS)
+def test_bytes_are_where_they_belong(opened: PlacedFile, cuts: list[int], step: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
+    parts = list(zip(cuts, cuts[1:], strict=False))
+    for begin, end in parts[::2] + parts[1::2]:
+        put(opened, data[begin:end], begin, step)
+    opened.sync()
+    assert (tmp_path / "file").read_bytes() == data.tobytes()
+    assert opened.read(100, 70_000) == data[70_000:70_100].tobytes()
+
+
+def test_threads_write_neighbours_that_share_pages(opened: PlacedFile, tmp_path: Path) -> None:
+    data = np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8)
+    cuts = [0, *sorted(np.random.default_rng(2).choice(SIZE, 19, replace=False).tolist()), SIZE]
+    with ThreadPoolExecutor(4) as pool:
+        parts = zip(cuts, cuts[1:], strict=False)
+        list(pool.map(lambda part: put(opened, data[part[0] : part[1]], part[0], 10_007), parts))
+    assert (tmp_path / "file").read_bytes() == data.tobytes()
+
+
+def test_an_error_of_the_disk_comes_out_and_the_buffers_are_free_again(
+    opened: PlacedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.ones(1_000_000, dtype=np.uint8)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            put(opened, data, 0, 50_000)
+    put(opened, data, 0, 50_000)
+    assert (tmp_path / "file").read_bytes()[:1_000_000] == data.tobytes()

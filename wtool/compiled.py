@@ -1,0 +1,46 @@
+"""Compiling loops by numba, and what it lacks.
+
+numba tells by a function's own file whether what it kept of it still holds: loops that call one another are in one
+file, and a change in this one asks for a change in those that use it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile when it is first called, to run without the interpreter's lock; keep that on the disk where there is a
+    place to keep it."""
+    try:
+        kept: Callable[..., Any] = njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither beside the function's file nor in the user's cache
+        kept = njit(nogil=True, error_model="numpy")(function)
+    return kept
+
+
+def _reinterpreted(_: Any, number: Any) -> Any:
+    """The lower 32 bits of an integer as a float32, or the other way."""
+    given, kind = (types.uint32, types.float32) if isinstance(number, types.Integer) else (types.float32, types.uint32)
+
+    def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
+        return builder.bitcast(values[0], context.get_value_type(kind))
+
+    return kind(given), build
+
+
+def _upper_product(_: Any, one: Any, other: Any) -> Any:
+    """The upper 64 of the 128 bits of the product of two integers of 64 bits without a sign."""
+
+    def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
+        wide = [builder.zext(value, ir.IntType(128)) for value in values]
+        return builder.trunc(builder.lshr(builder.mul(*wide), ir.Constant(ir.IntType(128), 64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), build
+
+
+bits: Any = intrinsic(_reinterpreted)
+upper_product: Any = intrinsic(_upper_product)
