@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wtool.pieces import Pieces
 
-CHUNK = 1 << 18  # elements
+CHUNK = 1 << 19  # elements
 
 Array = NDArray[Any]
 Kernel = Callable[[int, tuple[Array, ...], Array], None]

@@ -74,27 +74,43 @@ def _total(numbers):
 # Selection
 
 
-@compiled
-def distance(base, model, out, work):
-    """|model - base|."""
-    for start in range(0, base.size, BLOCK):
-        stop = min(start + BLOCK, base.size)
-        first, second, far = work[0, : stop - start], work[1, : stop - start], out[start:stop]
-        _load(base[start:stop], first)
-        _load(model[start:stop], second)
-        for i in range(far.size):
-            far[i] = abs(second[i] - first[i])
+def _plain_distance(one, other, out):
+    for i in range(out.size):
+        out[i] = abs(other[i] - one[i])
+
+
+def _bfloat16_distance(one, other, out):
+    for i in range(out.size):
+        first, second = _bits(np.uint32(one[i]) << np.uint32(16)), _bits(np.uint32(other[i]) << np.uint32(16))
+        out[i] = abs(second - first)
+
+
+def _distance(one, other, out):
+    """|other - one|, read and computed at once."""
+
+
+@overload(_distance)
+def _compile_distance(one, other, out):
+    return _bfloat16_distance if one.dtype == types.uint16 else _plain_distance
 
 
 @compiled
-def spread(models, out, work):
-    """How far models lie apart: of two the distance, of more the squares of their deviations from the mean, summed."""
+def spread(tensors, out, work):
+    """How far tensors lie apart: of two the distance, of more the squares of their deviations from the mean, summed."""
     for start in range(0, out.size, BLOCK):
         stop = min(start + BLOCK, out.size)
-        for m in range(len(models)):
-            _load(models[m][start:stop], work[2 + m, : stop - start])
-        _spread(work[2 : 2 + len(models)], work[0, : stop - start], work[1, : stop - start])
-        _store(work[0, : stop - start], out[start:stop])
+        _spread_block(tensors, start, stop, out[start:stop], work)
+
+
+@compiled
+def _spread_block(tensors, start, stop, out, work):
+    """Of some elements."""
+    if len(tensors) == 2:
+        _distance(tensors[0][start:stop], tensors[1][start:stop], out)
+        return
+    for m in range(len(tensors)):
+        _load(tensors[m][start:stop], work[2 + m, : stop - start])
+    _spread(work[2 : 2 + len(tensors)], out, work[1])
 
 
 @compiled
@@ -133,28 +149,50 @@ def scale_rows(numbers, begin, columns, factors):
 
 
 @compiled
-def scan(magnitudes, low, high, pool, flags):
-    """How many magnitudes are above a bracket, and how many inside it, which are gathered at the front of the pool.
+def scan(tensors, begin, columns, factors, low, high, above, inside, pools, work, flags):
+    """Count, for each of some brackets, the spreads above it, and gather those inside it at the front of its pool.
 
-    pool: room for all magnitudes and one more; flags: [BLOCK] bytes
+    begin, columns, factors: as of `scale_rows`; of no factors, spreads are taken as they are
+    low, high:               the brackets [brackets]
+    above, inside:           are set [brackets]
+    pools:                   [brackets, elements + 1]
+    flags:                   room, [BLOCK] bytes
     """
-    above, inside = 0, 0
+    above[:] = 0
+    inside[:] = 0
+    for start in range(0, tensors[0].size, BLOCK):
+        stop = min(start + BLOCK, tensors[0].size)
+        far = work[0, : stop - start]
+        _spread_block(tensors, start, stop, far, work)
+        if factors.size:
+            scale_rows(far, begin + start, columns, factors)
+        for bracket in range(low.size):
+            above[bracket] += _count_above(far, high[bracket])
+            pool = pools[bracket]
+            inside[bracket] = _gather(far, low[bracket], high[bracket], pool, inside[bracket], flags)
+
+
+@compiled
+def _count_above(part, high):
+    over = np.int32(0)
+    for i in range(part.size):
+        over += np.int32(part[i] > high)
+    return over
+
+
+@compiled
+def _gather(part, low, high, pool, place, flags):
+    """Put what is inside a bracket into the pool from a place on; the place after them."""
+    flags[part.size :] = 0
+    for i in range(part.size):
+        flags[i] = np.uint8(part[i] >= low) & np.uint8(part[i] <= high)
     words = flags.view(np.uint64)
-    for start in range(0, magnitudes.size, BLOCK):
-        part = magnitudes[start : min(start + BLOCK, magnitudes.size)]
-        over = np.int32(0)
-        for i in range(part.size):
-            over += np.int32(part[i] > high)
-        above += over
-        flags[part.size :] = 0
-        for i in range(part.size):
-            flags[i] = np.uint8(part[i] >= low) & np.uint8(part[i] <= high)
-        for word in range((part.size + 7) // 8):
-            if words[word]:
-                for i in range(word * 8, min(word * 8 + 8, part.size)):
-                    pool[inside] = part[i]
-                    inside += flags[i]
-    return above, inside
+    for word in range((part.size + 7) // 8):
+        if words[word]:
+            for i in range(word * 8, min(word * 8 + 8, part.size)):
+                pool[place] = part[i]
+                place += flags[i]
+    return place
 
 
 # Task vectors

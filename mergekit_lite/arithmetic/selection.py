@@ -1,7 +1,7 @@
 """Finding the k elements of the largest magnitude, without sorting and without holding the magnitudes.
 
-A magnitude is whatever a method ranks elements by (the size of a task vector, the variance over models), computed
-piece by piece. The threshold is the k-th largest. A sample of the elements tells a narrow bracket around it; one walk
+A magnitude is what a method ranks elements by (the size of a task vector, the variance over models), computed block
+by block. The threshold is the k-th largest. A sample of the elements tells a narrow bracket around it; one walk
 counts the elements above the bracket and gathers the few inside, among which the threshold is found exactly. Where
 the sample misled, a wider bracket is tried. Where that fails too, two walks with histograms over the halves of the
 float's bits find it exactly in constant memory. Fine-tunings stored in 16 bits differ from their base by few different
@@ -10,7 +10,7 @@ amounts: where many of the sample are equal to the one at the threshold's place 
 Ties at the threshold are broken by position: earlier elements are kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, inf, isnan, sqrt
 
@@ -36,18 +36,13 @@ class Cut:
     ties_end: int
 
 
-Fill = Callable[[tuple[chunks.Array, ...], NDArray[np.floating], chunks.Array], None]
-"""(The tensors' pieces, their magnitudes to fill in, room for the loops)."""
-
-
 @dataclass(frozen=True)
 class Magnitudes:
-    """What the elements of tensors of one shape are ranked by, 0 or more.
+    """How far tensors of one shape lie apart: of two |b - a|, of more their variance times their number.
 
-    rows: what those of each row (along the last axis) are multiplied by, in the working type
+    rows: what the magnitudes of each row (along the last axis) are multiplied by, 0 or more, in the working type
     """
 
-    fill: Fill
     tensors: Sequence[Tensor]
     rows: NDArray[np.floating] | None = None
 
@@ -55,12 +50,17 @@ class Magnitudes:
     def count(self) -> int:
         return self.tensors[0].numel()
 
+    @property
+    def columns(self) -> int:
+        """Of a row."""
+        return self.tensors[0].shape[-1] if self.tensors[0].dim() else 1
+
     def pieces(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, NDArray[np.floating]]]:
         """Yield (first element, magnitudes), of elements from one to another; the memory is used again."""
         flat = [tensor.reshape(-1)[begin:end] for tensor in self.tensors]
-        for first, piece in self._plain(flat):
+        for first, piece in _plain(flat):
             if self.rows is not None:
-                chunks.kernels().scale_rows(piece, begin + first, self._columns, self.rows)
+                chunks.kernels().scale_rows(piece, begin + first, self.columns, self.rows)
             yield begin + first, piece
 
     def sample(self) -> NDArray[np.floating]:
@@ -72,34 +72,21 @@ class Magnitudes:
             stride = self.count // runs - 1 | 1  # odd, so that the runs do not stand below each other in a matrix
             flat = [part[: runs * stride].view(runs, stride)[:, :SAMPLE_RUN].contiguous() for part in flat]
             places = (stride * np.arange(runs)[:, None] + np.arange(SAMPLE_RUN)).reshape(-1)
-        found = np.concatenate([piece.copy() for _, piece in self._plain(flat)])
+        found = np.concatenate([piece.copy() for _, piece in _plain(flat)])
         if self.rows is not None:
-            found *= self.rows[places // self._columns]
+            found *= self.rows[places // self.columns]
         found.sort()  # has vector instructions, which a partition by two places lacks
         return found
 
-    def _plain(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, NDArray[np.floating]]]:
-        """Pieces without the rows' factors."""
-        found = chunks.empty(tensors, min(chunks.CHUNK, tensors[0].numel()))
-        work = chunks.work(tensors, len(tensors) + 2)
-        for begin, parts in chunks.pieces(tensors):
-            piece = found[: parts[0].size]
-            self.fill(parts, piece, work)
-            yield begin, piece
 
-    @property
-    def _columns(self) -> int:
-        return self.tensors[0].shape[-1]
-
-
-def distances(base: Tensor, model: Tensor) -> Magnitudes:
-    """|model - base|, computed in the working type."""
-    return Magnitudes(lambda parts, out, work: chunks.kernels().distance(*parts, out, work), (base, model))
-
-
-def spreads(models: Sequence[Tensor]) -> Magnitudes:
-    """How far models lie apart: of two the distance, of more their variance times their number."""
-    return Magnitudes(lambda parts, out, work: chunks.kernels().spread(parts, out, work), models)
+def _plain(tensors: Sequence[Tensor]) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """Pieces of the magnitudes, without the rows' factors."""
+    found = chunks.empty(tensors, min(chunks.CHUNK, tensors[0].numel()))
+    work = chunks.work(tensors, len(tensors) + 2)
+    for begin, parts in chunks.pieces(tensors):
+        piece = found[: parts[0].size]
+        chunks.kernels().spread(parts, piece, work)
+        yield begin, piece
 
 
 def top(magnitudes: Magnitudes, *, keep: int) -> Cut:
@@ -157,15 +144,23 @@ class _Brackets:
 
     def __call__(self, magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
         count = magnitudes.count
-        searches = [_Search(magnitudes, n, *_bracket(sample, 1.0 - n / count, self.margin)) for n in wanted]
-        pool = np.empty(min(chunks.CHUNK, count) + 1, dtype=sample.dtype)
-        flags = np.empty(chunks.kernels().BLOCK, dtype=np.uint8)
-        for _, piece in magnitudes.pieces():
-            hopeful = [search for search in searches if not search.is_lost]
-            if not hopeful:
+        kind, loops = sample.dtype, chunks.kernels()
+        tensors, size = magnitudes.tensors, min(chunks.CHUNK, count)
+        brackets = [_bracket(sample, 1.0 - number / count, self.margin) for number in wanted]
+        low, high = np.array(brackets, dtype=kind).T.copy()
+        searches = [_Search(magnitudes, number) for number in wanted]
+        factors = np.empty(0, kind) if magnitudes.rows is None else magnitudes.rows
+        above, inside = np.empty((2, len(wanted)), dtype=np.int64)
+        pools, flags = np.empty((len(wanted), size + 1), dtype=kind), np.empty(loops.BLOCK, dtype=np.uint8)
+        work = chunks.work(tensors, len(tensors) + 2)
+        for begin, parts in chunks.pieces(tensors):
+            loops.scan(parts, begin, magnitudes.columns, factors, low, high, above, inside, pools, work, flags)
+            for number, search in enumerate(searches):
+                search.look(int(above[number]), pools[number, : inside[number]])
+                if search.is_lost:
+                    low[number] = high[number] = inf
+            if all(search.is_lost for search in searches):
                 break
-            for search in hopeful:
-                search.look(piece, pool, flags)
         found = {search.keep: search.cut() for search in searches}
         return {keep: cut for keep, cut in found.items() if cut}
 
@@ -176,8 +171,6 @@ class _Search:
 
     magnitudes: Magnitudes
     keep: int
-    low: float
-    high: float
     above: int = 0
     gathered: int = 0
     inside: list[NDArray[np.floating]] = field(default_factory=list)  # of each piece
@@ -186,13 +179,11 @@ class _Search:
     def is_lost(self) -> bool:
         return self.above >= self.keep or self.gathered > max(MAX_INSIDE * self.magnitudes.count, chunks.CHUNK)
 
-    def look(self, piece: NDArray[np.floating], pool: NDArray[np.floating], flags: NDArray[np.uint8]) -> None:
-        """Go on with a piece; pool and flags are room for what is found."""
-        low, high = piece.dtype.type(self.low), piece.dtype.type(self.high)
-        above, inside = chunks.kernels().scan(piece, low, high, pool, flags)
+    def look(self, above: int, inside: NDArray[np.floating]) -> None:
+        """Go on with a piece's."""
         self.above += above
-        self.gathered += inside
-        self.inside.append(pool[:inside].copy())
+        self.gathered += inside.size
+        self.inside.append(inside.copy())
 
     def cut(self) -> Cut | None:
         """None if the threshold is not inside."""

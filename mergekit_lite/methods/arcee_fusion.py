@@ -20,7 +20,7 @@ from wtool.pieces import InPieces, Pieces, pieces_of
 
 from ..arithmetic import chunks
 from ..arithmetic.gram import row_pieces
-from ..arithmetic.selection import distances, order_statistics
+from ..arithmetic.selection import Magnitudes, order_statistics
 
 FLOOR = 1e-8  # added to each probability
 
@@ -38,7 +38,7 @@ def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype |
         return pieces_of(model, chunks.result_type([base, model], dtype))
     rows = [tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1) for tensor in (base, model)]
     divergence = chunks.of_working_type(rows, _divergence(rows))
-    importances = replace(distances(*rows), rows=divergence)
+    importances = Magnitudes(rows, divergence)
     first, median, third = order_statistics(importances, [q * (base.numel() - 1) // 4 for q in (1, 2, 3)])
     threshold = chunks.of_working_type(rows, median + 1.5 * (third - first))[()]
     work = chunks.work(rows, 2)

@@ -83,6 +83,6 @@ def _mask(base: Tensor, model: Tensor, density: float, gamma: float, rescale: bo
     if not keep:
         return NOTHING
     outliers = min(int(Fraction(str(gamma)) * elements), elements - keep)
-    to_last, to_outlier = selection.tops(selection.distances(base, model), keep=[outliers + keep, outliers])
+    to_last, to_outlier = selection.tops(selection.Magnitudes([base, model]), keep=[outliers + keep, outliers])
     thin = Thin(kept=to_last, dropped=to_outlier)
     return rescaled(thin, base, model) if rescale else thin

@@ -26,7 +26,7 @@ from wtool.random_bits import RandomBits
 
 from ..arithmetic import chunks
 from ..arithmetic.random_mask import LEVELS
-from ..arithmetic.selection import distances
+from ..arithmetic.selection import Magnitudes
 from ..arithmetic.task_vectors import WHOLE, Thin, lengths, merge_task_vectors
 from .dare import Rescale
 
@@ -134,7 +134,7 @@ def _ascending(base: Tensor, model: Tensor) -> NDArray[np.uint64]:
         magnitudes = model.double().sub(base).abs_()
         return magnitudes.argsort(dim=1, stable=True).numpy().view(np.uint64).reshape(-1)
     keys = np.empty(base.numel(), dtype=np.uint64)
-    for begin, magnitudes in distances(base, model).pieces():
+    for begin, magnitudes in Magnitudes([base, model]).pieces():
         place, out = begin % base.shape[1], keys[begin : begin + magnitudes.size]
         chunks.kernels().rank_keys(magnitudes, base.shape[1], place, out)
     keys.reshape(base.shape).sort(axis=1)

@@ -53,6 +53,6 @@ def _select(models: Sequence[Tensor], share: float) -> selection.Cut:
     """The elements of largest variance."""
     if share >= 1.0:
         return ALL
-    spreads = selection.spreads(models)
+    spreads = selection.Magnitudes(models)
     differing = sum(int(np.count_nonzero(piece != 0)) for _, piece in spreads.pieces())
     return selection.top(spreads, keep=int(Fraction(str(share)) * differing))

@@ -54,5 +54,5 @@ def _trim(base: Tensor, model: Tensor, density: float, rescale: bool) -> Thin:
         return WHOLE
     if not keep:
         return NOTHING
-    thin = Thin(kept=selection.top(selection.distances(base, model), keep=keep))
+    thin = Thin(kept=selection.top(selection.Magnitudes([base, model]), keep=keep))
     return rescaled(thin, base, model) if rescale else thin

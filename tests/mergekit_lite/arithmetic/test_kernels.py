@@ -52,11 +52,14 @@ def test_a_line_has_its_ends(piece, dtype):
 def test_a_scan_gathers_what_is_inside_in_its_order(size):
     numbers = np.abs(np.random.default_rng(size).standard_normal(size)).astype(np.float32)
     numbers[::5] = np.float32(0.5)
-    low, high = np.float32(0.5), np.float32(0.8)
-    pool, flags = np.empty(size + 1, np.float32), np.ones(kernels.BLOCK, np.uint8)
-    above, inside = kernels.scan(numbers, low, high, pool, flags)
-    assert above == (numbers > high).sum()
-    assert pool[:inside].tolist() == numbers[(numbers >= low) & (numbers <= high)].tolist()
+    low, high = np.array([0.5, 0.9], np.float32), np.array([0.8, 0.9], np.float32)
+    above, inside = np.empty((2, 2), np.int64)
+    pools, work, none = (np.empty(shape, np.float32) for shape in ((2, size + 1), (4, kernels.BLOCK), 0))
+    flags = np.ones(kernels.BLOCK, np.uint8)
+    kernels.scan((np.zeros_like(numbers), numbers), 0, 1, none, low, high, above, inside, pools, work, flags)
+    for i in range(2):
+        assert above[i] == (numbers > high[i]).sum()
+        assert pools[i, : inside[i]].tolist() == numbers[(numbers >= low[i]) & (numbers <= high[i])].tolist()
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_each_time(monkeypatch):

@@ -22,7 +22,7 @@ def test_agrees_with_a_sort(monkeypatch, piece, kind, sample):
         numbers = numbers[:1]
     ranks = sorted({share * (numbers.size - 1) // 8 for share in range(1, 9)})
     vector = torch.from_numpy(numbers)
-    found = selection.order_statistics(selection.distances(torch.zeros_like(vector), vector), ranks)
+    found = selection.order_statistics(selection.Magnitudes([torch.zeros_like(vector), vector]), ranks)
     assert found == np.sort(numbers)[ranks].tolist()
 
 
@@ -31,7 +31,7 @@ def test_rows_have_factors(monkeypatch, piece, sample):
     monkeypatch.setattr(selection, "SAMPLE", sample)
     matrix = torch.from_numpy(np.random.default_rng(0).standard_normal((70, 77)).astype(np.float32))
     factors = np.abs(np.random.default_rng(1).standard_normal(70)).astype(np.float32)
-    magnitudes = selection.Magnitudes(selection.distances(matrix, matrix).fill, (torch.zeros(70, 77), matrix), factors)
+    magnitudes = selection.Magnitudes((torch.zeros(70, 77), matrix), factors)
     expected = np.abs(matrix.numpy()) * factors[:, None]
     assert selection.order_statistics(magnitudes, [7, 2000, 5000]) == np.sort(expected, None)[[7, 2000, 5000]].tolist()
     cut = selection.top(magnitudes, keep=1000)

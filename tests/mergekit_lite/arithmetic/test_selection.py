@@ -6,19 +6,12 @@ from mergekit_lite.arithmetic import chunks, selection
 from mergekit_lite.arithmetic.task_vectors import Thin, merge_task_vectors
 
 
-def squares(parts, out, work):
-    numbers = [number(part) for part in parts]
-    np.square(sum(numbers[1:], start=numbers[0]), out=out)
-
-
-def number(part):
-    """As the loops read it: bfloat16 comes as bits."""
-    return (part.astype(np.uint32) << 16).view(np.float32) if part.dtype == np.uint16 else part
-
-
-def squared(models, kind):
-    first, second, third = (model.to(kind).view(-1) for model in models)
-    return (first + second + third).square()
+def spreads(models):
+    """As they are compared, which are those of the definition."""
+    found = np.concatenate([piece.copy() for _, piece in selection.Magnitudes(models).pieces()])
+    exact = torch.stack([model.double().view(-1) for model in models]).var(0, correction=0) * len(models)
+    assert found == pytest.approx(exact.numpy(), rel=1e-4)
+    return torch.from_numpy(found)
 
 
 def by_histogram(magnitudes, *, keep):
@@ -33,10 +26,9 @@ def by_histogram(magnitudes, *, keep):
 def test_the_largest_of_what_is_computed_from_three_tensors(tensors, piece, dtype, find, keep):
     _, models = tensors(3, dtype=dtype)
     before = [model.clone() for model in models]
-    cut = find(selection.Magnitudes(squares, models), keep=keep)
+    cut = find(selection.Magnitudes(models), keep=keep)
     assert all(torch.equal(model, old) for model, old in zip(models, before, strict=True))
-    kind = torch.float64 if dtype == torch.float64 else torch.float32
-    values = squared(models, kind)
+    values = spreads(models)
     order = sorted(range(221), key=lambda i: (-values[i].item(), i))
     ties = torch.arange(221) < cut.ties_end
     chosen = (values > cut.magnitude) | (ties & (values == cut.magnitude))
@@ -46,7 +38,7 @@ def test_the_largest_of_what_is_computed_from_three_tensors(tensors, piece, dtyp
 @pytest.mark.parametrize("keep", range(13))
 def test_a_vector_is_cut_to_the_kept_and_ties_are_kept_from_the_front(keep, piece):
     vector = torch.tensor([1.0, -2, 1, 0, 2, -1, 0, 3, -2, 1, 0, 0])
-    cut = selection.top(selection.distances(torch.zeros(12), vector), keep=keep)
+    cut = selection.top(selection.Magnitudes([torch.zeros(12), vector]), keep=keep)
     order = sorted(range(12), key=lambda i: (-abs(vector[i].item()), i))
     for thin, wanted in ((Thin(kept=cut), order[:keep]), (Thin(dropped=cut), order[keep:])):
         left = merge_task_vectors(
@@ -62,7 +54,7 @@ def test_a_large_tensor_is_sampled_and_left_alone(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     models = [torch.randn(100_000, generator=generator) for _ in range(3)]
     before = [model.clone() for model in models]
-    cut = selection.top(selection.Magnitudes(squares, models), keep=30_000)
+    cut = selection.top(selection.Magnitudes(models), keep=30_000)
     assert all(torch.equal(model, old) for model, old in zip(models, before, strict=True))
-    values = squared(models, torch.float32)
+    values = spreads(models)
     assert cut.magnitude == values.sort(descending=True).values[29_999].item()

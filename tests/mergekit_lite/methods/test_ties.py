@@ -79,7 +79,7 @@ def test_exactly_k_are_kept_and_of_equal_ones_the_earlier(vector, share, chunk):
     keep = kept(round(share, 2), len(vector))
     old, chunks.CHUNK = chunks.CHUNK, chunk
     try:
-        magnitudes = selection.distances(torch.zeros_like(model), model)
+        magnitudes = selection.Magnitudes([torch.zeros_like(model), model])
         for find in (selection.top, lambda found, keep: selection._by_histogram(found, keep)):
             cut = find(magnitudes, keep=keep)
             index = torch.arange(len(vector))
@@ -109,7 +109,7 @@ def test_selection_by_sample_agrees_with_a_sort(kind, density):
     if kind == "sorted":
         vector = vector.sort().values
     keep = int(density * n)
-    cut = selection.top(selection.distances(torch.zeros(n), vector), keep=keep)
+    cut = selection.top(selection.Magnitudes([torch.zeros(n), vector]), keep=keep)
     magnitude = vector.abs()
     chosen = (magnitude > cut.magnitude) | ((magnitude == cut.magnitude) & (torch.arange(n) < cut.ties_end))
     assert cut.magnitude == magnitude.sort(descending=True).values[keep - 1].item()
