@@ -32,7 +32,7 @@ class Thin:
 
     kept:    only these elements
     dropped: and of them not these
-    factors: (first element, how many) -> what elements are multiplied by, in the working type
+    factors: (first element, how many) -> what elements are multiplied by, in the working type, or whether they are kept
     times:   and all of them by this
     """
 
@@ -112,10 +112,12 @@ def _limits(thin: Thin) -> tuple[tuple[float, float], tuple[int, int]]:
 
 def _factors(thin: Sequence[Thin], begin: int, size: int, dtype: np.dtype) -> chunks.Array:
     """What elements of a piece are multiplied by [models, elements]; [models, 0] where nothing is."""
-    if not any(each.factors for each in thin):
+    given = [each.factors(begin, size) if each.factors else None for each in thin]
+    kinds = {each.dtype for each in given if each is not None}
+    if not kinds:
         return np.empty((len(thin), 0), dtype=dtype)
-    found = np.ones((len(thin), size), dtype=dtype)
-    for row, each in zip(found, thin, strict=True):
-        if each.factors:
-            row[:] = each.factors(begin, size)
+    found = np.ones((len(thin), size), dtype=kinds.pop() if len(kinds) == 1 else dtype)
+    for row, each in zip(found, given, strict=True):
+        if each is not None:
+            row[:] = each
     return found
