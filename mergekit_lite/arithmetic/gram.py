@@ -5,17 +5,18 @@ products. So a method on the sphere takes two walks through the tensors, one for
 angle between two tunings of one model is small, and its cosine near 1) and one for the combination; what lies between
 is arithmetic on N x N numbers, however many steps it has.
 
-A vector is a tensor, or each row or column of it. By vectors, one walk does both, as a vector is in the cache.
+A vector is a tensor, or each row or column of it. By rows one walk does both, as a row is in the cache.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wtool.pieces import Pieces, pieces_of
+from wtool.pieces import Pieces
 
 from ..methods.linear import linear
 from . import chunks
@@ -41,7 +42,10 @@ def combine(
     dtype:   of the result; the inputs' (promoted) if None
     """
     if axis is not None and models[0].ndim > 1:
-        return _combine_vectors(base, models, factors, axis, dtype)
+        axis %= models[0].ndim
+        if axis == models[0].ndim - 1:
+            return _combine_rows(base, models, factors, dtype)
+        return _combine_across(base, models, factors, axis, dtype)
     shares = factors(gram(base, models)[None])[0].tolist()
     if base is None:
         return linear.pieces(models, weight=shares, normalize=False, dtype=dtype)
@@ -71,7 +75,7 @@ def cosines(gram: Tensor) -> tuple[Tensor, Tensor]:
 def row_pieces(tensors: Sequence[Tensor], kind: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield (which rows, these rows of all tensors [tensors, rows, length]); the memory is used again.
 
-    tensors: matrices of one shape, in any strides
+    tensors: matrices of one shape
     kind:    the type of the pieces, which hold as many whole rows as fit, and one at least
     """
     rows, length = tensors[0].shape
@@ -81,47 +85,52 @@ def row_pieces(tensors: Sequence[Tensor], kind: torch.dtype) -> Iterator[tuple[s
         piece = slice(begin, min(begin + most, rows))
         part = buffer[:, : piece.stop - begin]
         for place, tensor in zip(part, tensors, strict=True):
-            _copy_rows(place, tensor[piece])
+            place.copy_(tensor[piece])
         yield piece, part
 
 
-def _copy_rows(to: Tensor, rows: Tensor) -> None:
-    """Copy rows of which one of the two may lie across memory: it is walked along memory, and turned in the cache."""
-    if rows.stride(1) == 1 and to.stride(1) == 1:
-        to.copy_(rows)
-    elif rows.stride(1) == 1:
-        to.mT.copy_(rows.mT.contiguous())
-    else:
-        to.copy_(rows.mT.to(to.dtype).contiguous().mT)
+def _combine_rows(base: Tensor | None, models: Sequence[Tensor], factors: Factors, dtype: torch.dtype | None) -> Pieces:
+    """Each vector is a row, and in the cache from its products to its combination."""
+    tensors = [*models] if base is None else [base, *models]
+    flat, length = [tensor.reshape(-1) for tensor in tensors], models[0].shape[-1]
+
+    def fill(begin: int, out: Tensor) -> None:
+        made = out.view(-1, length)
+        for rows, part in row_pieces(
+            [each[begin : begin + out.numel()].view(-1, length) for each in flat], torch.float64
+        ):
+            vectors = part.transpose(0, 1)  # [rows, tensors, length]
+            start = 0.0
+            if base is not None:
+                start, vectors = vectors[:, 0], vectors[:, 1:].sub_(vectors[:, :1])
+            share = factors(torch.bmm(vectors, vectors.mT))[:, None]
+            made[rows] = torch.bmm(share, vectors)[:, 0].add_(start)
+
+    return Pieces(models[0].shape, chunks.result_type(tensors, dtype), fill, unit=max(length, 1))
 
 
-def _combine_vectors(
+def _combine_across(
     base: Tensor | None, models: Sequence[Tensor], factors: Factors, axis: int, dtype: torch.dtype | None
 ) -> Pieces:
-    tensors = [*models] if base is None else [base, *models]
-    shape, kind = models[0].shape, chunks.result_type(tensors, dtype)
-    if axis % len(shape) == len(shape) - 1:
-        flat, length = [tensor.reshape(-1) for tensor in tensors], shape[-1]
+    """Vectors lie across rows, one below each number of a row: a walk for their products, and one to combine them."""
+    tensors = [*models] if base is None else [*models, base]
+    shape, count = models[0].shape, len(models)
+    blocks, length, width = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
+    rows = [tensor.reshape(-1, width) if width else tensor.reshape(0, 1) for tensor in tensors]
+    total = torch.zeros(blocks, count, count, width, dtype=torch.float64)
+    for block in range(blocks):
+        for _, part in row_pieces([each[block * length : (block + 1) * length] for each in rows], torch.float64):
+            vectors = part[:count].sub_(part[count]) if base is not None else part
+            for i, j in product(range(count), repeat=2):
+                total[block, i, j] += (vectors[i] * vectors[j]).sum(0)
+    share = factors(total.permute(0, 3, 1, 2).reshape(-1, count, count)).view(blocks, width, count)
 
-        def fill(begin: int, out: Tensor) -> None:
-            rows = [part[begin : begin + out.numel()].view(-1, length) for part in flat]
-            _combine_rows(base is not None, rows, factors, out.view(-1, length))
+    def fill(begin: int, out: Tensor) -> None:
+        first, made = begin // width, out.view(-1, width)
+        for some, part in row_pieces([each[first : first + len(made)] for each in rows], torch.float64):
+            vectors = part[:count].sub_(part[count]) if base is not None else part
+            of_block = share[torch.arange(first + some.start, first + some.stop) // length]  # [rows, width, models]
+            moved = (vectors.permute(1, 2, 0) * of_block).sum(-1)
+            made[some] = moved.add_(part[count]) if base is not None else moved
 
-        return Pieces(shape, kind, fill, unit=max(length, 1))
-    whole = torch.empty(shape, dtype=chunks.working_type(tensors))  # vectors lie across all of it
-    views = [tensor.transpose(axis, -1) for tensor in (whole, *tensors)]
-    for matrix in product(*map(range, views[0].shape[:-2])):
-        out, *inputs = (view[matrix] for view in views)
-        _combine_rows(base is not None, inputs, factors, out)
-    return pieces_of(whole, kind)
-
-
-def _combine_rows(has_base: bool, tensors: Sequence[Tensor], factors: Factors, out: Tensor) -> None:
-    """Combine each row of matrices in any strides; has_base: the first is one."""
-    for rows, part in row_pieces(tensors, torch.float64):
-        vectors = part.transpose(0, 1)  # [rows, tensors, length]
-        start = 0.0
-        if has_base:
-            start, vectors = vectors[:, 0], vectors[:, 1:].sub_(vectors[:, :1])
-        share = factors(torch.bmm(vectors, vectors.mT))[:, None]
-        _copy_rows(out[rows], torch.bmm(share, vectors)[:, 0].add_(start))
+    return Pieces(shape, chunks.result_type(tensors, dtype), fill, unit=max(width, 1))
