@@ -9,6 +9,7 @@ TIES 24.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import isfinite, sqrt
 
@@ -32,10 +33,13 @@ class Watch:
     """
 
     def __init__(self, made: Pieces, kind: torch.dtype, rounding: Rounding | None = None):
-        self.pieces = Pieces(made.shape, made.dtype, self._fill, made.unit)
         self.result = np.zeros(min(made.count, RUNS * RUN))
         self.exact: list[tuple[slice, np.ndarray]] = []  # before it is rounded, of parts of the sample
         self._made, self._kind, self._rounding = made, kind, rounding
+
+    def pieces(self) -> Pieces:
+        """The merge."""
+        return replace(self._made, fill=self._fill)
 
     def _fill(self, begin: int, out: Tensor) -> None:
         runs = list(_runs(self._made.count, begin, begin + out.numel()))

@@ -10,6 +10,7 @@ import typer
 
 from wtool import options
 from wtool.errors import UsageError
+from wtool.memory import without_collection
 
 if TYPE_CHECKING:
     from wtool.executors.local import Outcome
@@ -52,7 +53,8 @@ def merge_models(recipe: "MergeRecipe", job: Job) -> None:
 
     raises: WtoolError; typer.Exit after a plan is shown
     """
-    from .planner import plan_merge
+    with without_collection():
+        from .planner import plan_merge
 
     make = partial(plan_merge, recipe, **job.settings)
     plan = planned(make, job)

@@ -261,7 +261,7 @@ def _make(
     if name is None or not is_told(tensors[0]):
         return rounded(made, dtype, rounding) if rounding else made
     watch = Watch(made, torch.float32 if rounding else working_type(tensors), rounding)
-    return Told((watch.pieces,), partial(_figures, name.removesuffix(".weight"), tensors, watch))
+    return Told((watch.pieces(),), partial(_figures, name.removesuffix(".weight"), tensors, watch))
 
 
 def _figures(name: str, tensors: Sequence[Tensor], watch: Watch) -> dict[str, Any]:

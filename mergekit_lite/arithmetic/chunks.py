@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wtool.memory import without_collection
 from wtool.pieces import Pieces
 
 CHUNK = 1 << 19  # elements
@@ -27,8 +28,10 @@ Kernel = Callable[[int, tuple[Array, ...], Array], None]
 @cache
 def kernels() -> Any:
     """The compiled loops: what compiles them takes a third of a second to import, which simple methods do without."""
-    from . import kernels
+    with without_collection():
+        from . import kernels
 
+        kernels.spread((np.zeros(1),) * 2, np.zeros(1), np.zeros((4, 1)))  # the first call imports much too
     return kernels
 
 

@@ -95,10 +95,8 @@ def _combine_rows(base: Tensor | None, models: Sequence[Tensor], factors: Factor
     flat, length = [tensor.reshape(-1) for tensor in tensors], models[0].shape[-1]
 
     def fill(begin: int, out: Tensor) -> None:
-        made = out.view(-1, length)
-        for rows, part in row_pieces(
-            [each[begin : begin + out.numel()].view(-1, length) for each in flat], torch.float64
-        ):
+        end, made = begin + out.numel(), out.view(-1, length)
+        for rows, part in row_pieces([each[begin:end].view(-1, length) for each in flat], torch.float64):
             vectors = part.transpose(0, 1)  # [rows, tensors, length]
             start = 0.0
             if base is not None:

@@ -1,6 +1,7 @@
 """Disagreement: the definitions in loops, samples at the same places, nothing where nothing can be told."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mergekit_lite.disagreement import LEAST, ONE_OF, RUN, RUNS, Watch, is_told, sample
 from mergekit_lite.disagreement import figures as figures_of
+from mergekit_lite.methods.table import METHODS
 from wtool import pieces
 from wtool.pieces import pieces_of
 from wtool.rounding import AtRandom, stochastic
@@ -22,7 +24,7 @@ def matrices(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tup
 
 def figures(base: Tensor, models: list[Tensor], merged: Tensor, dtype: torch.dtype | None = None) -> dict[str, float]:
     watch = Watch(pieces_of(merged, dtype), torch.float32)
-    watch.pieces.whole()
+    watch.pieces().whole()
     return figures_of(base, models, watch)
 
 
@@ -106,21 +108,42 @@ def test_what_cannot_be_told_is_left_out() -> None:
     assert figures(ones, [ones * math.inf, ones], ones * math.nan) == {"conflict": 0.0, "untouched": 0.0}
 
 
-@pytest.mark.parametrize("rounding", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1, 700, 1 << 18])
-@pytest.mark.parametrize("count", [100, RUNS * RUN, RUNS * RUN + 1, 300_007])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, False), *((dtype, how) for dtype in (torch.bfloat16, torch.float16) for how in (False, True))],
+)
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(100, 1), *((count, size) for count in (100, RUNS * RUN, RUNS * RUN + 1, 300_007) for size in (700, 1 << 18))],
+)
 def test_watching_takes_the_sample_and_changes_no_byte(
     count: int, size: int, dtype: torch.dtype, rounding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if size == 1 and count > 100 or rounding and dtype == torch.float32:
-        return
     monkeypatch.setattr(pieces, "PIECE", size)
     exact = torch.randn(count, generator=torch.Generator().manual_seed(0))
     watch = Watch(pieces_of(exact, dtype), torch.float32, AtRandom(dtype, 3) if rounding else None)
-    made = watch.pieces.whole()
+    made = watch.pieces().whole()
     assert torch.equal(made, stochastic(exact, dtype, 3) if rounding else exact.to(dtype))
     assert np.array_equal(watch.result, sample(made))
     assert all(np.array_equal(part, sample(exact)[places]) for places, part in watch.exact)
     looked_at = sum(part.size for _, part in watch.exact)
     assert looked_at == (dtype != torch.float32) * (count if count <= RUNS * RUN else RUNS * RUN // ONE_OF)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_base])
+def test_watching_a_method_changes_no_byte(name: str, rounding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 5000)
+    method = METHODS[name]
+    base, models, _ = matrices(130, 140)
+    tensors = [tensor.bfloat16() for tensor in (base, *models[: method.most or 2])]
+    given: dict[str, Any] = {"t": 0.02} if name == "nearswap" else {}
+    given |= {key: [0.5] * 2 if key != "epsilon" else [0.1] * 2 for key in method.per_model}
+    given |= {"key": [1, 2]} if method.is_random else {}
+    made = method.function.pieces(tensors[0], tensors[1:], dtype=torch.bfloat16, **given)
+    watch = Watch(made, torch.float32, AtRandom(torch.bfloat16, 3) if rounding else None)
+    exact = method.function(tensors[0], tensors[1:], dtype=torch.float32, **given)
+    written = watch.pieces().whole()
+    assert torch.equal(written, stochastic(exact, torch.bfloat16, 3) if rounding else exact.bfloat16())
+    assert np.array_equal(watch.result, sample(written)) and watch.exact
+    assert all(np.array_equal(part, sample(exact)[places]) for places, part in watch.exact)
