@@ -1,6 +1,7 @@
 """What the C library does with memory that is freed, and when the interpreter looks for garbage. Where the library is
 another one than glibc, nothing of it is changed."""
 
+import atexit
 import ctypes
 import gc
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ def without_collection() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # so that the end of the interpreter is an end of all objects
         if was_enabled:
             gc.enable()
 
