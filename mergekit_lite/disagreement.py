@@ -4,8 +4,7 @@ With task vectors d_i = theta_i - theta_0 and the merge theta: the share of weig
 down (the conflicts that TIES elects signs for, Yadav et al., 2023, https://arxiv.org/abs/2306.01708, section 3), the
 cosine between task vectors, how far models and merge are from the base (||d_i|| / ||theta_0||), and the share of the
 weights that were moved which the merge left alone: what a method trimmed, elected away, or lost to rounding. They are
-of a sample: of 2048 x 2048 weights of two models they take about a millisecond, where task arithmetic takes 7 and
-TIES 24.
+of a sample, which is taken as the merge is made and written.
 """
 
 from collections.abc import Iterator, Sequence
