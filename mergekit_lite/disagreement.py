@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from wtool.pieces import Pieces
-from wtool.rounding import Rounding
 
 LEAST = 4096  # weights of a matrix that tells its figures
 RUNS, RUN = 64, 256  # of neighbours, evenly spaced; matrices of no more weights are looked at whole
@@ -27,14 +26,14 @@ ONE_OF = 8  # of the runs of a larger matrix tells what rounding does, for which
 class Watch:
     """A merge of which a sample is taken as it is made.
 
-    made:     the merge, able to fill in the wider type `kind` too
-    rounding: to its own type; None where it is made so
+    made:  the merge as it is written
+    exact: before it is rounded, able to fill in the wider type `kind`
     """
 
-    def __init__(self, made: Pieces, kind: torch.dtype, rounding: Rounding | None = None):
+    def __init__(self, made: Pieces, exact: Pieces, kind: torch.dtype):
         self.result = np.zeros(min(made.count, RUNS * RUN))
-        self.exact: list[tuple[slice, np.ndarray]] = []  # before it is rounded, of parts of the sample
-        self._made, self._kind, self._rounding = made, kind, rounding
+        self.exact: list[tuple[slice, np.ndarray]] = []  # of parts of the sample, where it is rounded
+        self._made, self._exact, self._kind = made, exact, kind
 
     def pieces(self) -> Pieces:
         """The merge."""
@@ -43,12 +42,7 @@ class Watch:
     def _fill(self, begin: int, out: Tensor) -> None:
         runs = list(_runs(self._made.count, begin, begin + out.numel()))
         self._look(begin, runs)
-        if self._rounding:
-            plain = torch.empty(out.numel(), dtype=self._kind)
-            self._made.fill(begin, plain)
-            self._rounding(begin, plain, out)
-        else:
-            self._made.fill(begin, out)
+        self._made.fill(begin, out)
         for places, first, last in runs:
             self.result[places] = out[first:last].double().numpy()
 
@@ -57,7 +51,7 @@ class Watch:
         if self._made.dtype.itemsize < self._kind.itemsize:
             for places, first, last in runs:
                 if places.start // RUN % ONE_OF == 0 or self._made.count <= RUNS * RUN:
-                    exact = self._made.some(begin + first, begin + last, self._kind)
+                    exact = self._exact.some(begin + first, begin + last, self._kind)
                     self.exact.append((places, exact.double().numpy()))
 
 

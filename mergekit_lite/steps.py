@@ -15,7 +15,7 @@ from wtool.dtypes import FLOATS, promote, torch_dtype
 from wtool.errors import Mismatch, UsageError, did_you_mean
 from wtool.pieces import Pieces
 from wtool.plan import Step, Told
-from wtool.rounding import SHORT, AtRandom, rounded
+from wtool.rounding import SHORT, at_random
 
 from .arithmetic.chunks import working_type
 from .arithmetic.random_mask import mask_key
@@ -257,10 +257,11 @@ def _make(
     name: of the tensor; None without a base
     seed: for rounding at random; None where it is to the nearest
     """
-    made, rounding = call(*tensors), None if seed is None else AtRandom(dtype, seed)
+    exact = call(*tensors)
+    made = exact if seed is None else at_random(exact, dtype, seed)
     if name is None or not is_told(tensors[0]):
-        return rounded(made, dtype, rounding) if rounding else made
-    watch = Watch(made, torch.float32 if rounding else working_type(tensors), rounding)
+        return made
+    watch = Watch(made, exact, working_type(tensors))
     return Told((watch.pieces(),), partial(_figures, name.removesuffix(".weight"), tensors, watch))
 
 

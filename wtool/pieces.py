@@ -1,7 +1,7 @@
 """Tensors that are made a piece at a time, when they are written.
 
 The result of a step may be `Pieces`, which is made, looked at, summed and put into the buffer of the disk's next write
-piece by piece: so the largest tensor takes no more memory than another, and what is near in time is near in the caches.
+piece by piece: so the largest tensor is never whole in memory, and what is near in time is near in the caches.
 """
 
 from collections.abc import Callable, Iterator

@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,8 @@ def _buffers() -> tuple[_Buffer, _Buffer]:
     if not hasattr(_local, "buffers"):
         _local.buffers = _Buffer(BUFFER), _Buffer(BUFFER)
     for buffer in _local.buffers:
-        buffer.wait()  # for what an error has left
+        with suppress(OSError):  # of a placement that was given up
+            buffer.wait()
     return _local.buffers
 
 

@@ -7,16 +7,11 @@ rounding-off errors", SIAM Review 1(1), 1959; Gupta et al., "Deep Learning with 
 https://arxiv.org/abs/1502.02551 (section 3.1).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from wtool.pieces import Pieces, pieces_of
 from wtool.random_bits import RandomBits
-
-Rounding = Callable[[int, Tensor, Tensor], None]
-"""(First element, a piece, room for it in the type to round to.)"""
 
 # types of 16 bits -> bits of a float32's mantissa that one has not; the largest number of it
 SHORT = {torch.bfloat16: (16, torch.finfo(torch.bfloat16).max), torch.float16: (13, torch.finfo(torch.float16).max)}
@@ -33,33 +28,23 @@ def stochastic(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """
     if dtype not in SHORT or tensor.dtype in SHORT or not tensor.is_floating_point():
         return tensor.to(dtype)
-    return rounded(pieces_of(tensor), dtype, AtRandom(dtype, seed)).whole()
+    return at_random(pieces_of(tensor), dtype, seed).whole()
 
 
-class AtRandom:
-    """The rounding of a tensor's elements at random, to a type of 16 bits, as `stochastic` tells of it."""
-
-    def __init__(self, dtype: torch.dtype, seed: int):
-        self._dropped, self._largest = SHORT[dtype]
-        self._bits = RandomBits(seed)
-
-    def __call__(self, begin: int, plain: Tensor, out: Tensor) -> None:
-        """plain: float32, which is overwritten"""
-        from wtool.loops import shake
-
-        shake(plain.numpy(), self._bits.take(begin, plain.numel()), self._dropped, self._largest)
-        out.copy_(plain)
-
-
-def rounded(made: Pieces, dtype: torch.dtype, rounding: Rounding) -> Pieces:
-    """Pieces in another type.
+def at_random(made: Pieces, dtype: torch.dtype, seed: int) -> Pieces:
+    """The same of a tensor that is made in pieces.
 
     made: able to fill in float32, which is what is rounded
+    dtype: of 16 bits
     """
+    (dropped, largest), bits = SHORT[dtype], RandomBits(seed)
 
     def fill(begin: int, out: Tensor) -> None:
+        from wtool.loops import shake
+
         plain = torch.empty(out.numel(), dtype=torch.float32)
         made.fill(begin, plain)
-        rounding(begin, plain, out)
+        shake(plain.numpy(), bits.take(begin, plain.numel()), dropped, largest)
+        out.copy_(plain)
 
     return Pieces(made.shape, dtype, fill, made.unit)

@@ -13,7 +13,7 @@ from mergekit_lite.disagreement import figures as figures_of
 from mergekit_lite.methods.table import METHODS
 from wtool import pieces
 from wtool.pieces import pieces_of
-from wtool.rounding import AtRandom, stochastic
+from wtool.rounding import at_random, stochastic
 
 
 def matrices(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -23,7 +23,8 @@ def matrices(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tup
 
 
 def figures(base: Tensor, models: list[Tensor], merged: Tensor, dtype: torch.dtype | None = None) -> dict[str, float]:
-    watch = Watch(pieces_of(merged, dtype), torch.float32)
+    made = pieces_of(merged, dtype)
+    watch = Watch(made, made, torch.float32)
     watch.pieces().whole()
     return figures_of(base, models, watch)
 
@@ -121,7 +122,8 @@ def test_watching_takes_the_sample_and_changes_no_byte(
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE", size)
     exact = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    watch = Watch(pieces_of(exact, dtype), torch.float32, AtRandom(dtype, 3) if rounding else None)
+    plain = pieces_of(exact, dtype)
+    watch = Watch(at_random(plain, dtype, 3) if rounding else plain, plain, torch.float32)
     made = watch.pieces().whole()
     assert torch.equal(made, stochastic(exact, dtype, 3) if rounding else exact.to(dtype))
     assert np.array_equal(watch.result, sample(made))
@@ -141,7 +143,7 @@ def test_watching_a_method_changes_no_byte(name: str, rounding: bool, monkeypatc
     given |= {key: [0.5] * 2 if key != "epsilon" else [0.1] * 2 for key in method.per_model}
     given |= {"key": [1, 2]} if method.is_random else {}
     made = method.function.pieces(tensors[0], tensors[1:], dtype=torch.bfloat16, **given)
-    watch = Watch(made, torch.float32, AtRandom(torch.bfloat16, 3) if rounding else None)
+    watch = Watch(at_random(made, torch.bfloat16, 3) if rounding else made, made, torch.float32)
     exact = method.function(tensors[0], tensors[1:], dtype=torch.float32, **given)
     written = watch.pieces().whole()
     assert torch.equal(written, stochastic(exact, torch.bfloat16, 3) if rounding else exact.bfloat16())

@@ -182,23 +182,22 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
     told = result if isinstance(result, Told) else None
     made = result.tensors if isinstance(result, Told) else result
     made = made if isinstance(made, tuple) else (made,)
-    sums = [Sum(tensor) for tensor in inputs]
+    sums = [_Sum(tensor) for tensor in inputs]
     digests: dict[str, str] = {}
     for name, each in zip(step.outputs, made, strict=True):
-        each = each if isinstance(each, Pieces) else pieces_of(each)
+        pieces = each if isinstance(each, Pieces) else pieces_of(each)
         with writer.place(name) as placed:
-            for first, end in each.ranges():
-                room = placed.room((end - first) * each.dtype.itemsize)
-                piece = _fill(each, first, end - first, room)
+            for first, end in pieces.ranges():
+                room = placed.room((end - first) * pieces.dtype.itemsize)
+                piece = _fill(pieces, first, end - first, room)
                 if not allow_nonfinite and (element := first_nonfinite(piece)) is not None:
                     raise _nonfinite(plan, step, inputs, name, piece, element, first)
                 placed.filled(room)
-                if len(made) == 1:
-                    for number in sums:
-                        number.go_on(end, each.count)
+                for read in sums if len(made) == 1 else ():
+                    read.go_on(end, pieces.count)
         digests[name] = placed.digest
-    read = [[source, name, each.end()] for (source, name), each in zip(step.reads, sums, strict=True)]
-    writer.note_done(digests, {"inputs": read, **({"report": told.told()} if told else {})})
+    ends = [[source, name, each.end()] for (source, name), each in zip(step.reads, sums, strict=True)]
+    writer.note_done(digests, {"inputs": ends, **({"report": told.told()} if told else {})})
     for source, name in step.reads:
         plan.sources[source].forget(name)
     if log.isEnabledFor(logging.DEBUG):
@@ -217,7 +216,7 @@ def _fill(made: Pieces, first: int, count: int, room: NDArray[np.uint8]) -> torc
     return piece
 
 
-class Sum:
+class _Sum:
     """The checksum of an input, taken piece by piece as they are read, when they are in the processor's cache."""
 
     def __init__(self, tensor: torch.Tensor):
