@@ -76,6 +76,15 @@ def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]
         yield begin, read(begin, begin + CHUNK)
 
 
+def spans(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    """The same in as few pieces as can be: in one, where the loops read the tensors as they lie."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    if _is_plain(flat):
+        yield 0, _reader(flat)(0, tensors[0].numel())
+    else:
+        yield from pieces(flat)
+
+
 def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Pieces:
     """A tensor that is computed piece by piece.
 
@@ -100,10 +109,15 @@ def _reader(tensors: Sequence[Tensor]) -> Callable[[int, int], tuple[Array, ...]
     """From two elements to the pieces between them, as the loops read them."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     views = [view for tensor in flat if (view := _view(tensor)) is not None]
-    if len(views) == len(flat) and len({tensor.dtype for tensor in flat}) == 1:
+    if _is_plain(flat):
         return lambda begin, end: tuple(view[begin:end] for view in views)
     kind = working_type(tensors)
     return lambda begin, end: tuple(part[begin:end].to(kind).numpy() for part in flat)
+
+
+def _is_plain(flat: Sequence[Tensor]) -> bool:
+    """Whether the loops read tensors as they lie."""
+    return len({tensor.dtype for tensor in flat}) == 1 and _view(flat[0]) is not None
 
 
 def _view(flat: Tensor) -> Array | None:

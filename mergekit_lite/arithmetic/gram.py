@@ -60,7 +60,7 @@ def gram(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     tensors = models if base is None else [*models, base]
     total = np.zeros((len(models), len(models)))
     work = np.empty((len(tensors) + 1, chunks.kernels().BLOCK))
-    for _, parts in chunks.pieces(tensors):
+    for _, parts in chunks.spans(tensors):
         chunks.kernels().gram(parts, total, work, base is not None)
     return torch.from_numpy(total)
 

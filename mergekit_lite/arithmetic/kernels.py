@@ -17,6 +17,7 @@ from wtool.compiled import bits as _bits
 from wtool.compiled import compiled
 
 BLOCK = 1024  # elements
+SEGMENT = 1 << 16  # elements, after which a scan tells where it is
 
 
 def _copy(part, out):
@@ -149,17 +150,18 @@ def scale_rows(numbers, begin, columns, factors):
 
 
 @compiled
-def scan(tensors, begin, columns, factors, low, high, above, inside, pools, work, flags):
-    """Count, for each of some brackets, the spreads above it, and gather those inside it at the front of its pool.
+def scan(tensors, begin, columns, factors, low, high, most, above, inside, pools, ends, work, flags):
+    """Count, for each of some brackets, the spreads above it, and gather those inside it in its pool. Of a bracket of
+    one number those equal to it are counted and not gathered. NaN is above.
 
     begin, columns, factors: as of `scale_rows`; of no factors, spreads are taken as they are
     low, high:               the brackets [brackets]
-    above, inside:           are set [brackets]
-    pools:                   [brackets, elements + 1]
-    flags:                   room, [BLOCK] bytes
+    most:                    a bracket that has so many above it, or fills its pool, is given up: its `above` is that
+    above, inside:           go on from what they are [brackets]
+    pools:                   [brackets, elements]
+    ends:                    is set to `inside` after each SEGMENT elements of the tensors [brackets, segments]
+    work, flags:             room; flags are [BLOCK] bytes
     """
-    above[:] = 0
-    inside[:] = 0
     for start in range(0, tensors[0].size, BLOCK):
         stop = min(start + BLOCK, tensors[0].size)
         far = work[0, : stop - start]
@@ -167,32 +169,48 @@ def scan(tensors, begin, columns, factors, low, high, above, inside, pools, work
         if factors.size:
             scale_rows(far, begin + start, columns, factors)
         for bracket in range(low.size):
-            above[bracket] += _count_above(far, high[bracket])
-            pool = pools[bracket]
-            inside[bracket] = _gather(far, low[bracket], high[bracket], pool, inside[bracket], flags)
+            if above[bracket] >= most[bracket]:
+                continue
+            pool, place = pools[bracket], inside[bracket]
+            if low[bracket] == high[bracket]:
+                over, place = _compare(far, low[bracket], place)
+            elif place + far.size < pool.size:
+                over, place = _gather(far, low[bracket], high[bracket], pool, place, flags)
+            else:
+                over = most[bracket]
+            above[bracket] = min(above[bracket] + over, most[bracket])
+            inside[bracket] = place
+            ends[bracket, (begin + start) // SEGMENT] = place
 
 
 @compiled
-def _count_above(part, high):
-    over = np.int32(0)
+def _compare(part, number, equal):
+    """How many are above a number; so many equal, and those that are."""
+    not_above, same = np.int32(0), np.int32(0)
     for i in range(part.size):
-        over += np.int32(part[i] > high)
-    return over
+        not_above += np.int32(part[i] <= number)
+        same += np.int32(part[i] == number)
+    return np.int64(part.size - not_above), equal + same
 
 
 @compiled
 def _gather(part, low, high, pool, place, flags):
-    """Put what is inside a bracket into the pool from a place on; the place after them."""
-    flags[part.size :] = 0
+    """How many are above a bracket; what is inside is put into the pool from a place on: the place after it."""
+    not_above = np.int32(0)
     for i in range(part.size):
-        flags[i] = np.uint8(part[i] >= low) & np.uint8(part[i] <= high)
-    words = flags.view(np.uint64)
-    for word in range((part.size + 7) // 8):
+        is_not_above = part[i] <= high
+        flags[i] = np.uint8(part[i] >= low) & np.uint8(is_not_above)
+        not_above += np.int32(is_not_above)
+    words, full = flags.view(np.uint64), part.size // 8
+    for word in range(full):
         if words[word]:
-            for i in range(word * 8, min(word * 8 + 8, part.size)):
-                pool[place] = part[i]
-                place += flags[i]
-    return place
+            for i in range(8):
+                pool[place] = part[8 * word + i]
+                place += flags[8 * word + i]
+    for i in range(8 * full, part.size):
+        pool[place] = part[i]
+        place += flags[i]
+    return np.int64(part.size - not_above), place
 
 
 # Task vectors

@@ -5,14 +5,15 @@ by block. The threshold is the k-th largest. A sample of the elements tells a na
 counts the elements above the bracket and gathers the few inside, among which the threshold is found exactly. Where
 the sample misled, a wider bracket is tried. Where that fails too, two walks with histograms over the halves of the
 float's bits find it exactly in constant memory. Fine-tunings stored in 16 bits differ from their base by few different
-amounts: where many of the sample are equal to the one at the threshold's place in it, one walk tells if it is that.
+amounts: where many of the sample are equal to the one at the threshold's place in it, the bracket is that number, and
+those equal to it are only counted.
 
 Ties at the threshold are broken by position: earlier elements are kept.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from math import ceil, floor, inf, isnan, sqrt
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, floor, inf, sqrt
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ SAMPLE_RUN = 64  # consecutive ones, as memory is read by the line
 MARGINS = (4.0, 40.0)  # half the bracket's width, in standard errors of the sample
 MAX_INSIDE = 0.2  # share of the elements that may lie inside the bracket
 MANY = 0.1  # share of equal ones in the sample from which they are counted and not gathered
+
+Bracket = tuple[float, float]
+"""Two magnitudes, between which a threshold is likely to be."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,10 @@ def tops(magnitudes: Magnitudes, *, keep: Sequence[int]) -> list[Cut]:
     found = {0: Cut(magnitude=inf, ties_end=0), count: Cut(magnitude=-1.0, ties_end=count)}
     if any(number not in found for number in keep):
         sample = magnitudes.sample()
-        for find in (_by_equals, *(_Brackets(margin) for margin in MARGINS), _by_histograms):
+        for bracket in (_likely, _certain, lambda _, __, number: _exact(magnitudes, number)):
             if wanted := sorted({number for number in keep if number not in found}):
-                found |= find(magnitudes, sample, wanted)
-    return [found[number] for number in keep]
+                found |= _search(magnitudes, {number: bracket(sample, count, number) for number in wanted})
+    return [found.get(number, Cut(magnitude=inf, ties_end=0)) for number in keep]  # NaN, above all, is never cut
 
 
 def order_statistics(magnitudes: Magnitudes, places: Sequence[int]) -> list[float]:
@@ -116,109 +120,85 @@ def order_statistics(magnitudes: Magnitudes, places: Sequence[int]) -> list[floa
     return [cut.magnitude for cut in tops(magnitudes, keep=[magnitudes.count - place for place in places])]
 
 
-def _by_equals(magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
-    """Where many of the sample are equal to what its order tells of a threshold, see if it is that."""
-    found = {}
-    for keep in wanted:
-        value = sample[min(int((1.0 - keep / magnitudes.count) * sample.size), sample.size - 1)]
-        first, last = np.searchsorted(sample, value), np.searchsorted(sample, value, side="right")
-        if last - first < MANY * sample.size:
-            continue
-        above, ties = 0, []
-        for _, magnitude in magnitudes.pieces():
-            above += int(np.count_nonzero(magnitude > value))
-            ties.append(int(np.count_nonzero(magnitude == value)))
-        if above < keep <= above + sum(ties):
-            found[keep] = Cut(float(value), _ties_end(magnitudes, float(value), keep - above, ties))
+def _search(magnitudes: Magnitudes, brackets: Mapping[int, Bracket]) -> dict[int, Cut]:
+    """Cuts to some numbers of elements whose thresholds are within their brackets, in one walk; none of others."""
+    loops, tensors, count = chunks.kernels(), magnitudes.tensors, magnitudes.count
+    kind = chunks.empty(tensors).dtype
+    low, high = np.array([*brackets.values()], dtype=kind).T.copy()
+    most = np.array([*brackets])
+    above, inside = np.zeros((2, len(most)), dtype=np.int64)
+    room = int(MAX_INSIDE * count) if (low < high).any() else 0
+    pools = np.empty((len(most), room + loops.BLOCK + 1), dtype=kind)  # of which what is not filled takes no memory
+    ends = np.empty((len(most), -(-count // loops.SEGMENT)), dtype=np.int64)
+    factors = np.empty(0, kind) if magnitudes.rows is None else magnitudes.rows
+    work, flags = chunks.work(tensors, len(tensors) + 2), np.zeros(loops.BLOCK, dtype=np.uint8)
+    for begin, parts in chunks.spans(tensors):
+        columns = magnitudes.columns
+        loops.scan(parts, begin, columns, factors, low, high, most, above, inside, pools, ends, work, flags)
+    found: dict[int, Cut] = {}
+    for number, keep in enumerate(brackets):
+        rank = keep - int(above[number])  # of the threshold among those inside, from the largest, from 1
+        if 0 < rank <= inside[number]:
+            pool = pools[number, : inside[number]] if low[number] < high[number] else None
+            found[keep] = _cut(magnitudes, float(low[number]), pool, ends[number], rank)
     return found
 
 
-@dataclass(frozen=True)
-class _Brackets:
-    """Finds thresholds that lie where a sample says, with few elements around them.
+def _cut(
+    magnitudes: Magnitudes, number: float, pool: NDArray[np.floating] | None, ends: NDArray[np.int64], rank: int
+) -> Cut:
+    """The cut at one of those inside a bracket.
 
-    margin: half the bracket's width, in standard errors of the sample
+    number: what all inside are equal to, if there is no pool
+    ends:   how many are inside up to the end of each segment
+    rank:   from the largest, from 1
     """
-
-    margin: float
-
-    def __call__(self, magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
-        count = magnitudes.count
-        kind, loops = sample.dtype, chunks.kernels()
-        tensors, size = magnitudes.tensors, min(chunks.CHUNK, count)
-        brackets = [_bracket(sample, 1.0 - number / count, self.margin) for number in wanted]
-        low, high = np.array(brackets, dtype=kind).T.copy()
-        searches = [_Search(magnitudes, number) for number in wanted]
-        factors = np.empty(0, kind) if magnitudes.rows is None else magnitudes.rows
-        above, inside = np.empty((2, len(wanted)), dtype=np.int64)
-        pools, flags = np.empty((len(wanted), size + 1), dtype=kind), np.empty(loops.BLOCK, dtype=np.uint8)
-        work = chunks.work(tensors, len(tensors) + 2)
-        for begin, parts in chunks.pieces(tensors):
-            loops.scan(parts, begin, magnitudes.columns, factors, low, high, above, inside, pools, work, flags)
-            for number, search in enumerate(searches):
-                search.look(int(above[number]), pools[number, : inside[number]])
-                if search.is_lost:
-                    low[number] = high[number] = inf
-            if all(search.is_lost for search in searches):
-                break
-        found = {search.keep: search.cut() for search in searches}
-        return {keep: cut for keep, cut in found.items() if cut}
+    if pool is not None:
+        order = np.sort(pool)  # many of them equal, which a partition takes ten times as long for
+        number = float(order[-rank])
+        rank -= order.size - int(np.searchsorted(order, number, side="right"))  # now among those equal to it
+        ends = np.concatenate([[0], np.cumsum(pool == number)])[ends]
+    if rank == ends[-1]:
+        return Cut(number, magnitudes.count)
+    segment = int(np.searchsorted(ends, rank))  # where the last equal one that is kept is
+    within = rank - (int(ends[segment - 1]) if segment else 0)
+    begin, size = segment * chunks.kernels().SEGMENT, chunks.kernels().SEGMENT
+    equal = np.concatenate([piece == number for _, piece in magnitudes.pieces(begin, begin + size)])
+    return Cut(number, begin + int(np.flatnonzero(equal)[within - 1]) + 1)
 
 
-@dataclass
-class _Search:
-    """Counts the elements above a bracket, and gathers those inside it."""
-
-    magnitudes: Magnitudes
-    keep: int
-    above: int = 0
-    gathered: int = 0
-    inside: list[NDArray[np.floating]] = field(default_factory=list)  # of each piece
-
-    @property
-    def is_lost(self) -> bool:
-        return self.above >= self.keep or self.gathered > max(MAX_INSIDE * self.magnitudes.count, chunks.CHUNK)
-
-    def look(self, above: int, inside: NDArray[np.floating]) -> None:
-        """Go on with a piece's."""
-        self.above += above
-        self.gathered += inside.size
-        self.inside.append(inside.copy())
-
-    def cut(self) -> Cut | None:
-        """None if the threshold is not inside."""
-        rank = self.keep - self.above  # of the threshold among the gathered, from the largest, from 1
-        if self.is_lost or rank > self.gathered:
-            return None
-        pool = np.concatenate(self.inside)
-        pool.sort()  # many of them equal, which a partition takes ten times as long for
-        threshold = float(pool[-rank])
-        wanted = rank - (pool.size - int(np.searchsorted(pool, threshold, side="right")))  # ties to keep
-        ties = [int(np.count_nonzero(part == threshold)) for part in self.inside]
-        return Cut(threshold, _ties_end(self.magnitudes, threshold, wanted, ties))
-
-
-def _bracket(sample: NDArray[np.floating], share: float, margin: float) -> tuple[float, float]:
-    """Magnitudes likely just below and just above the one that a share of all elements lies below.
+def _likely(sample: NDArray[np.floating], count: int, keep: int) -> Bracket:
+    """A bracket that is as narrow as can be, or the very number, of the threshold unless the sample misleads.
 
     sample: in ascending order
-    margin: in standard errors
+    count:  of all elements
+    keep:   of them are not below the threshold
     """
+    value = sample[min(sample.size - keep * sample.size // count, sample.size - 1)]
+    equal = np.searchsorted(sample, value, side="right") - np.searchsorted(sample, value)
+    if sample.size == count or equal >= MANY * sample.size:
+        return float(value), float(value)
+    return _around(sample, keep / count, MARGINS[0])
+
+
+def _certain(sample: NDArray[np.floating], count: int, keep: int) -> Bracket:
+    """A wider one."""
+    return _around(sample, keep / count, MARGINS[1])
+
+
+def _around(sample: NDArray[np.floating], share: float, margin: float) -> Bracket:
+    """margin: half the width, in standard errors"""
     width = margin * sqrt(share * (1.0 - share) / sample.size) + 2.0 / sample.size
-    low, high = floor((share - width) * sample.size), ceil((share + width) * sample.size)
+    low, high = floor((1.0 - share - width) * sample.size), ceil((1.0 - share + width) * sample.size)
     return (
         float(sample[low]) if low >= 0 else 0.0,
         float(sample[high]) if high < sample.size else inf,
     )
 
 
-def _by_histograms(magnitudes: Magnitudes, sample: NDArray[np.floating], wanted: Sequence[int]) -> dict[int, Cut]:
-    return {keep: _by_histogram(magnitudes, keep) for keep in wanted}
-
-
-def _by_histogram(magnitudes: Magnitudes, keep: int) -> Cut:
-    """Find the threshold digit by digit in the bits of the magnitudes, which sort as their values do."""
-    prefix, left, shift = 0, keep, 0
+def _exact(magnitudes: Magnitudes, keep: int) -> Bracket:
+    """The threshold itself, digit by digit in the bits of the magnitudes, which sort as their values do."""
+    prefix, left = 0, keep
     bits = torch.finfo(chunks.working_type(magnitudes.tensors)).bits
     integer = np.uint32 if bits == 32 else np.uint64
     for shift in range(bits - 16, -1, -16):
@@ -232,21 +212,4 @@ def _by_histogram(magnitudes: Magnitudes, keep: int) -> Cut:
         left -= int(from_top[steps - 1]) if steps else 0
         prefix = prefix << 16 | (0xFFFF - steps)
     threshold = float(np.array([prefix], dtype=integer).view(np.float32 if bits == 32 else np.float64)[0])
-    if isnan(threshold):  # NaN is beyond all numbers, and is never cut
-        return Cut(magnitude=inf, ties_end=0)
-    ties = [int(np.count_nonzero(magnitude == threshold)) for _, magnitude in magnitudes.pieces()]
-    return Cut(threshold, _ties_end(magnitudes, threshold, left, ties))
-
-
-def _ties_end(magnitudes: Magnitudes, threshold: float, wanted: int, ties: list[int]) -> int:
-    """The element before which exactly `wanted` magnitudes equal the threshold.
-
-    ties: how many there are in each piece
-    """
-    if wanted == sum(ties):
-        return magnitudes.count
-    number = int(np.searchsorted(np.cumsum(ties), wanted))
-    begin = number * chunks.CHUNK
-    within = wanted - sum(ties[:number])
-    ((_, piece),) = magnitudes.pieces(begin, begin + chunks.CHUNK)
-    return begin + int(np.flatnonzero(piece == threshold)[within - 1]) + 1
+    return threshold, threshold

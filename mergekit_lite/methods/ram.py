@@ -70,6 +70,6 @@ def _ratios(base: Tensor, models: Sequence[Tensor], epsilon: float) -> list[floa
     tensors = [base, *models]
     least, work = chunks.of_working_type(tensors, epsilon)[()], chunks.work(tensors, len(models) + 3)
     changed, unique = np.zeros((2, len(models)), dtype=np.int64)
-    for _, (original, *tuned) in chunks.pieces(tensors):
+    for _, (original, *tuned) in chunks.spans(tensors):
         chunks.kernels().count_unique(original, tuple(tuned), work, least, changed, unique)
     return [(each - own) / own if own else 0.0 for each, own in zip(changed.tolist(), unique.tolist(), strict=True)]

@@ -38,7 +38,7 @@ def sce(
     chosen = _select(models, select_topk)
     cut, work = chunks.of_working_type(tensors, chosen.magnitude)[()], chunks.work(tensors, len(models) + 4)
     squares, room = np.zeros(len(models)), np.empty(chunks.kernels().BLOCK)
-    for begin, (original, *tuned) in chunks.pieces(tensors):
+    for begin, (original, *tuned) in chunks.spans(tensors):
         chunks.kernels().selected_squares(original, tuple(tuned), squares, work, room, cut, chosen.ties_end - begin)
     shares = chunks.of_working_type(tensors, squares / squares.sum() if squares.sum() else np.ones(len(models)))
 

@@ -48,18 +48,42 @@ def test_a_line_has_its_ends(piece, dtype):
     torch.testing.assert_close(middle, (a.double() + b.double()) / 2, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 1023, 1024, 1025, 3000])
+def scanned(numbers, low, high, most, room):
+    """How many are above brackets and inside, in the first part and in all, and the pools."""
+    brackets = np.array([low, high], np.float32)
+    above, inside = np.zeros((2, len(low)), np.int64)
+    pools, work = np.empty((len(low), room), np.float32), np.empty((4, kernels.BLOCK), np.float32)
+    ends = np.empty((len(low), -(-numbers.size // kernels.SEGMENT)), np.int64)
+    flags, none = np.ones(kernels.BLOCK, np.uint8), np.empty(0, np.float32)
+    half = numbers.size // 2 // kernels.BLOCK * kernels.BLOCK
+    for begin, part in ((0, numbers[:half]), (half, numbers[half:])):
+        pair = np.zeros_like(part), part
+        most = np.array(most)
+        kernels.scan(pair, begin, 1, none, *brackets, most, above, inside, pools, ends, work, flags)
+    return above, inside, pools, ends
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 1023, 1024, 1025, 3000, 200_001])
 def test_a_scan_gathers_what_is_inside_in_its_order(size):
     numbers = np.abs(np.random.default_rng(size).standard_normal(size)).astype(np.float32)
-    numbers[::5] = np.float32(0.5)
-    low, high = np.array([0.5, 0.9], np.float32), np.array([0.8, 0.9], np.float32)
-    above, inside = np.empty((2, 2), np.int64)
-    pools, work, none = (np.empty(shape, np.float32) for shape in ((2, size + 1), (4, kernels.BLOCK), 0))
-    flags = np.ones(kernels.BLOCK, np.uint8)
-    kernels.scan((np.zeros_like(numbers), numbers), 0, 1, none, low, high, above, inside, pools, work, flags)
-    for i in range(2):
-        assert above[i] == (numbers > high[i]).sum()
-        assert pools[i, : inside[i]].tolist() == numbers[(numbers >= low[i]) & (numbers <= high[i])].tolist()
+    numbers[::5], numbers[3::7] = np.float32(0.5), np.nan
+    low, high = [0.5, 0.9, 0.5], [0.8, 0.9, 0.5]
+    above, inside, pools, ends = scanned(numbers, low, high, [size + 1] * 3, size + kernels.BLOCK + 1)
+    for i in range(3):
+        is_inside = (numbers >= np.float32(low[i])) & (numbers <= np.float32(high[i]))
+        assert above[i] == size - (numbers <= np.float32(high[i])).sum()  # NaN is above
+        assert inside[i] == is_inside.sum()
+        if low[i] < high[i]:
+            assert pools[i, : inside[i]].tolist() == numbers[is_inside].tolist()
+        segments = range(kernels.SEGMENT, size + kernels.SEGMENT, kernels.SEGMENT)
+        assert ends[i].tolist() == [is_inside[:end].sum() for end in segments]
+
+
+def test_a_scan_gives_a_bracket_up_that_is_not_right():
+    numbers = np.linspace(0, 1, 10_000, dtype=np.float32)
+    above, inside, _, _ = scanned(numbers, [0.2, 0.0, 0.2], [0.3, 0.9, 0.2], [5000, 5000, 5000], 4000)
+    assert above.tolist() == [5000] * 3  # of the first and the last so many are above, the pool of the second is full
+    assert inside[1] < 4000
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_each_time(monkeypatch):

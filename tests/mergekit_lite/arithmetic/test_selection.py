@@ -15,13 +15,22 @@ def spreads(models):
 
 
 def by_histogram(magnitudes, *, keep):
-    return selection._by_histogram(magnitudes, keep)
+    """Without a sample."""
+    return selection._search(magnitudes, {keep: selection._exact(magnitudes, keep)})[keep]
+
+
+def by_gathering(magnitudes, *, keep):
+    """Of all that there is."""
+    return selection._search(magnitudes, {keep: (0.0, np.inf)})[keep]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("find", "keep"),
-    [*((selection.top, keep) for keep in (0, 1, 17, 220, 221)), *((by_histogram, keep) for keep in (1, 17, 220))],
+    [
+        *((selection.top, keep) for keep in (0, 1, 17, 220, 221)),
+        *((find, keep) for find in (by_histogram, by_gathering) for keep in (1, 17, 220)),
+    ],
 )
 def test_the_largest_of_what_is_computed_from_three_tensors(tensors, piece, dtype, find, keep):
     _, models = tensors(3, dtype=dtype)

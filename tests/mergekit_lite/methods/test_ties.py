@@ -72,6 +72,10 @@ def test_counts_are_exact(density, elements, expected):
 values = st.sampled_from([0.0, 0.0, 0.0, 1.0, -1.0, 0.5, 0.25, 3.0])  # few values: ties everywhere
 
 
+def by_histogram(magnitudes, *, keep):
+    return selection._search(magnitudes, {keep: selection._exact(magnitudes, keep)})[keep]
+
+
 @settings(max_examples=200, deadline=None)
 @given(vector=st.lists(values, min_size=1, max_size=60), share=st.floats(0.01, 1.0), chunk=st.sampled_from([4, 16, 64]))
 def test_exactly_k_are_kept_and_of_equal_ones_the_earlier(vector, share, chunk):
@@ -80,7 +84,7 @@ def test_exactly_k_are_kept_and_of_equal_ones_the_earlier(vector, share, chunk):
     old, chunks.CHUNK = chunks.CHUNK, chunk
     try:
         magnitudes = selection.Magnitudes([torch.zeros_like(model), model])
-        for find in (selection.top, lambda found, keep: selection._by_histogram(found, keep)):
+        for find in (selection.top, by_histogram):
             cut = find(magnitudes, keep=keep)
             index = torch.arange(len(vector))
             chosen = (model.abs() > cut.magnitude) | ((model.abs() == cut.magnitude) & (index < cut.ties_end))
@@ -93,8 +97,10 @@ def test_exactly_k_are_kept_and_of_equal_ones_the_earlier(vector, share, chunk):
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("kind", ["normal", "bf16", "heavy", "rows", "constant", "sorted"])
-def test_selection_by_sample_agrees_with_a_sort(kind, density):
+@pytest.mark.parametrize("sample", [1 << 14, 1 << 17], ids=["sampled", "whole"])
+def test_selection_by_sample_agrees_with_a_sort(monkeypatch, kind, density, sample):
     # large enough for the sampled bracket, with structure that misleads a sample
+    monkeypatch.setattr(selection, "SAMPLE", sample)
     n = 400_000
     generator = torch.Generator().manual_seed(1)
     vector = torch.randn(n, generator=generator)
