@@ -146,7 +146,7 @@ def softmax(row):
     return [power / math.fsum(powers) for power in powers]
 
 
-def arcee_fusion(base, models, *, columns):
+def arcee_fusion(base, models, *, columns, iqr_factor=1.5):
     (model,) = models
     importance = []
     for start in range(0, len(base), columns):
@@ -155,5 +155,5 @@ def arcee_fusion(base, models, *, columns):
         divergence = max(0.0, math.fsum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
         importance += [abs(x - y) * divergence for x, y in zip(new, old, strict=True)]
     first, median, third = (sorted(importance)[int(share * (len(base) - 1))] for share in (0.25, 0.5, 0.75))
-    threshold = median + 1.5 * (third - first)
+    threshold = median + iqr_factor * (third - first)
     return [x if i >= threshold else b for b, x, i in zip(base, model, importance, strict=True)]

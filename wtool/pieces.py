@@ -12,7 +12,7 @@ from typing import Generic, ParamSpec
 import torch
 from torch import Tensor
 
-PIECE = 1 << 20  # elements; with fewer, threads wait longer for one another than the second cache saves
+PIECE = 1 << 21  # elements; with fewer, threads wait longer for one another than the second cache saves
 
 Asked = ParamSpec("Asked")
 

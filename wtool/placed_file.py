@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALIGNMENT = 4096  # bytes; a multiple of every device's block
-BUFFER = (1 << 21) + ALIGNMENT  # bytes, two for each thread
+BUFFER = (1 << 22) + ALIGNMENT  # bytes, two for each thread
 SMALL = 1 << 16  # bytes; below, the cache is as good
 _MAX_WRITE = 1 << 30  # bytes; one call writes at most 2 GiB
 

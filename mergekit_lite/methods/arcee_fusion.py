@@ -7,7 +7,8 @@ quartiles of all the tensor's importances:
     importance = |theta_1 - theta_0| * sum_row p log(p / q)
     out        = theta_1 where importance >= Q2 + 1.5 (Q3 - Q1), else theta_0
 
-Quartiles are the lower of two neighbours: the elements at places (n-1)/4, (n-1)/2, 3(n-1)/4, rounded down.
+Quartiles are the lower of two neighbours: the elements at places (n-1)/4, (n-1)/2, 3(n-1)/4, rounded down. The 1.5 is
+`iqr_factor`.
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,13 @@ FLOOR = 1e-8  # added to each probability
 
 
 @InPieces
-def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Pieces:
+def arcee_fusion(
+    base: Tensor, models: Sequence[Tensor], *, iqr_factor: float = 1.5, dtype: torch.dtype | None = None
+) -> Pieces:
     """Return the base with the important elements of the one other model.
+
+    iqr_factor: how many interquartile ranges above the median an element's importance is at least, 0 or more; the
+        larger, the fewer elements are taken
 
     Where no element is more important than another (tensors of one column, whose softmax is 1; models equal to the
     base), all are taken. Beyond pieces of whole rows this holds a number for each row, and for the quartiles the
@@ -40,7 +46,7 @@ def arcee_fusion(base: Tensor, models: Sequence[Tensor], *, dtype: torch.dtype |
     divergence = chunks.of_working_type(rows, _divergence(rows))
     importances = Magnitudes(rows, divergence)
     first, median, third = order_statistics(importances, [q * (base.numel() - 1) // 4 for q in (1, 2, 3)])
-    threshold = chunks.of_working_type(rows, median + 1.5 * (third - first))[()]
+    threshold = chunks.of_working_type(rows, median + iqr_factor * (third - first))[()]
     work = chunks.work(rows, 2)
 
     def merge(begin: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:

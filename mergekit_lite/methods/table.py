@@ -173,6 +173,7 @@ METHODS: dict[str, Method] = {
         "what changed much in rows that changed shape",
         has_base=True,
         most=1,
+        shared={"iqr_factor": Parameter(default=1.5, low=0.0)},
     ),
     "task_arithmetic": Method(
         task_arithmetic,

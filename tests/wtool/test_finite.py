@@ -29,7 +29,15 @@ def test_the_first_is_told(monkeypatch, dtype, bad):
     assert first_nonfinite(tensor) == 57
 
 
-def test_what_has_none(monkeypatch):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_large_numbers_whose_sum_is_beyond_the_type(dtype):
+    tensor = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    assert first_nonfinite(tensor) is None
+    tensor[2, 4] = -math.inf
+    assert first_nonfinite(tensor) == 14
+
+
+def test_what_has_none():
     assert first_nonfinite(torch.tensor([1, 2])) is None
     assert first_nonfinite(torch.empty(0)) is None
     assert first_nonfinite(torch.tensor(1.5)) is None

@@ -14,6 +14,16 @@ def test_definition(tensors, agrees, as_lists, piece, shape, dtype):
     agrees(arcee_fusion(base, models), expected, dtype, shape)
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.7, 3.0, 1e9])
+def test_definition_with_another_threshold(tensors, agrees, as_lists, factor):
+    base, models = tensors(1, (40, 50))
+    expected = definition.arcee_fusion(*as_lists(base, models), columns=50, iqr_factor=factor)
+    merged = arcee_fusion(base, models, iqr_factor=factor)
+    agrees(merged, expected, torch.float32, (40, 50))
+    share = (merged != base).double().mean().item()
+    assert share >= 0.5 if factor == 0.0 else share < 0.3 if factor < 1e9 else share == 0.0
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_each_element_is_of_one_of_the_two(tensors, dtype):
     base, (model,) = tensors(1, (40, 50), dtype)
