@@ -23,13 +23,26 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reinterpreted(_: Any, number: Any) -> Any:
-    """The lower 32 bits of an integer as a float32, or the other way."""
-    given, kind = (types.uint32, types.float32) if isinstance(number, types.Integer) else (types.float32, types.uint32)
+    """An integer's bits as a float, or the other way: int64 and float64, else uint32 and float32."""
+    if number in (types.int64, types.float64):
+        given, kind = number, types.float64 if number == types.int64 else types.int64
+    else:
+        is_integer = isinstance(number, types.Integer)
+        given, kind = (types.uint32, types.float32) if is_integer else (types.float32, types.uint32)
 
     def build(context: Any, builder: Any, __: Any, values: Any) -> Any:
         return builder.bitcast(values[0], context.get_value_type(kind))
 
     return kind(given), build
+
+
+def _fused(_: Any, one: Any, other: Any, added: Any) -> Any:
+    """one * other + added, rounded once."""
+
+    def build(__: Any, builder: Any, ___: Any, values: Any) -> Any:
+        return builder.fma(*values)
+
+    return one(one, one, one), build
 
 
 def _upper_product(_: Any, one: Any, other: Any) -> Any:
@@ -43,4 +56,5 @@ def _upper_product(_: Any, one: Any, other: Any) -> Any:
 
 
 bits: Any = intrinsic(_reinterpreted)
+fma: Any = intrinsic(_fused)
 upper_product: Any = intrinsic(_upper_product)

@@ -19,6 +19,7 @@ from wtool.memory import without_collection
 from wtool.pieces import Pieces
 
 CHUNK = 1 << 19  # elements
+_PLAIN = (torch.bfloat16, torch.float32, torch.float64)  # what the loops read and write
 
 Array = NDArray[Any]
 Kernel = Callable[[int, tuple[Array, ...], Array], None]
@@ -76,13 +77,15 @@ def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]
         yield begin, read(begin, begin + CHUNK)
 
 
-def spans(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]:
-    """The same in as few pieces as can be: in one, where the loops read the tensors as they lie."""
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    if _is_plain(flat):
-        yield 0, _reader(flat)(0, tensors[0].numel())
-    else:
-        yield from pieces(flat)
+def spans(tensors: Sequence[Tensor], unit: int = 1) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    """The same in as few pieces as can be: in one, where the loops read the tensors as they lie.
+
+    unit: pieces begin at multiples of so many elements, and end there or with the tensors
+    """
+    read, count = _reader(tensors), tensors[0].numel()
+    step = count if _is_plain(tensors) else max(CHUNK // unit, 1) * unit
+    for begin in range(0, count, max(step, 1)):
+        yield begin, read(begin, begin + step)
 
 
 def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Pieces:
@@ -109,19 +112,19 @@ def _reader(tensors: Sequence[Tensor]) -> Callable[[int, int], tuple[Array, ...]
     """From two elements to the pieces between them, as the loops read them."""
     flat = [tensor.reshape(-1) for tensor in tensors]
     views = [view for tensor in flat if (view := _view(tensor)) is not None]
-    if _is_plain(flat):
+    if _is_plain(tensors):
         return lambda begin, end: tuple(view[begin:end] for view in views)
     kind = working_type(tensors)
     return lambda begin, end: tuple(part[begin:end].to(kind).numpy() for part in flat)
 
 
-def _is_plain(flat: Sequence[Tensor]) -> bool:
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the loops read tensors as they lie."""
-    return len({tensor.dtype for tensor in flat}) == 1 and _view(flat[0]) is not None
+    return len({tensor.dtype for tensor in tensors}) == 1 and tensors[0].dtype in _PLAIN
 
 
 def _view(flat: Tensor) -> Array | None:
     """A tensor's memory as the loops read and write it; None if they do not."""
     if flat.dtype == torch.bfloat16:
         return flat.detach().view(torch.uint16).numpy()
-    return flat.detach().numpy() if flat.dtype in (torch.float32, torch.float64) else None
+    return flat.detach().numpy() if flat.dtype in _PLAIN else None

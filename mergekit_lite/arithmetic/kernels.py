@@ -9,12 +9,14 @@ All loops are in this file, as numba looks at a function's own file to tell whet
 NaN in an input is NaN in the result, so that it is found: a comparison with it is false, and must then not drop it.
 """
 
+import math
+
 import numpy as np
 from numba import types
 from numba.extending import overload
 
 from wtool.compiled import bits as _bits
-from wtool.compiled import compiled
+from wtool.compiled import compiled, fma
 
 BLOCK = 1024  # elements
 SEGMENT = 1 << 16  # elements, after which a scan tells where it is
@@ -569,6 +571,91 @@ def merge_unique(base, models, out, work, epsilon, times):
 
 
 # Arcee Fusion
+
+FLOOR = 1e-8  # added to each probability
+_LEAST = 1e-5  # a probability from which on the floor is so little that five terms tell its logarithm
+_LOG2_E, _LN_2, _LN_2_REST = 1.4426950408889634, 0.6931471805599453, 2.3190468138462996e-17
+_ROUND = 1.5 * 2.0**52  # added, a number's last bit is worth 1
+_OF = tuple(1.0 / math.factorial(k) for k in range(14))  # the series of e ** x
+
+
+@compiled
+def divergences(base, model, columns, found, room):
+    """The Kullback-Leibler divergence of the softmax of each row, that of the model from that of the base.
+
+    base, model: rows one after the other
+    found:       is filled [rows]
+    room:        [4, columns], and all in float64
+    """
+    new, old, away, terms = room[0], room[1], room[2], room[3]  # to unpack it would tell nothing of their strides
+    for row in range(found.size):
+        _load(model[row * columns : (row + 1) * columns], new)
+        _load(base[row * columns : (row + 1) * columns], old)
+        for i in range(columns):
+            away[i] = new[i] - old[i]
+        top, old_top = _extreme(new, terms, 1.0), _extreme(old, terms, 1.0)
+        low, old_low = _extreme(new, terms, -1.0), _extreme(old, terms, -1.0)
+        total, old_total = _powers(new, top, terms), _powers(old, old_top, terms)
+        if math.exp(low - top) > _LEAST * total and math.exp(old_low - old_top) > _LEAST * old_total:
+            shift = math.log(total / old_total) + (top - old_top)
+            _terms_near(new, old, away, 1.0 / total, 1.0 / old_total, shift, terms)
+        else:
+            for i in range(columns):
+                p, q = new[i] / total + FLOOR, old[i] / old_total + FLOOR
+                terms[i] = p * math.log(p / q)
+        found[row] = max(_total(terms), 0.0)
+
+
+@compiled
+def _extreme(numbers, room, sign):
+    """The largest, or with a sign of -1 the least: of each lane, and of those by halves, as vectors can."""
+    size = min(numbers.size, 256)
+    room[:size] = numbers[:size]
+    for start in range(size, numbers.size, size):
+        begin = min(start, numbers.size - size)
+        _keep_larger(room[:size], numbers[begin : begin + size], sign)
+    while size > 1:
+        half = (size + 1) // 2
+        _keep_larger(room[: size - half], room[half:size], sign)
+        size = half
+    return room[0]
+
+
+@compiled
+def _keep_larger(part, other, sign):
+    for i in range(part.size):
+        part[i] = other[i] if sign * other[i] > sign * part[i] else part[i]
+
+
+@compiled
+def _powers(numbers, largest, room):
+    """Put e to the power of each less the largest in its place, as 2 ** n times a series; their sum."""
+    for i in range(numbers.size):
+        power = numbers[i] - largest
+        power = power if power > -700.0 else -700.0
+        moved = fma(power, _LOG2_E, _ROUND)
+        n = moved - _ROUND
+        rest = fma(n, -_LN_2_REST, fma(n, -_LN_2, power))
+        value = fma(fma(_OF[13], rest, _OF[12]), rest, _OF[11])
+        value = fma(fma(fma(value, rest, _OF[10]), rest, _OF[9]), rest, _OF[8])
+        value = fma(fma(fma(value, rest, _OF[7]), rest, _OF[6]), rest, _OF[5])
+        value = fma(fma(fma(value, rest, _OF[4]), rest, _OF[3]), rest, _OF[2])
+        value = fma(fma(value, rest, 1.0), rest, 1.0)
+        value *= _bits((_bits(moved) + np.int64(1023)) << np.int64(52))
+        numbers[i] = value
+        room[i] = value
+    return _total(room)
+
+
+@compiled
+def _terms_near(new, old, away, share, old_share, shift, out):
+    """p log(p / q) of two probabilities with their floors: log(p / q) is what the numbers are apart less the shift, and
+    what the floors add to it, log(1 + w)."""
+    for i in range(out.size):
+        p, q = share * new[i], old_share * old[i]
+        w = FLOOR * (q - p) / (p * (q + FLOOR))
+        value = fma(fma(fma(fma(0.2, w, -0.25), w, 1.0 / 3.0), w, -0.5), w, 1.0)
+        out[i] = (p + FLOOR) * fma(value, w, away[i] - shift)
 
 
 @compiled

@@ -14,16 +14,15 @@ Quartiles are the lower of two neighbours: the elements at places (n-1)/4, (n-1)
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wtool.pieces import InPieces, Pieces, pieces_of
 
 from ..arithmetic import chunks
-from ..arithmetic.gram import row_pieces
 from ..arithmetic.selection import Magnitudes, order_statistics
-
-FLOOR = 1e-8  # added to each probability
 
 
 @InPieces
@@ -56,11 +55,12 @@ def arcee_fusion(
     return replace(chunks.apply(merge, rows, dtype=dtype), shape=base.shape)
 
 
-def _divergence(rows: Sequence[Tensor]) -> Tensor:
-    """The Kullback-Leibler divergence of each row's softmax [rows], in float64."""
-    found = torch.empty(rows[0].shape[0], dtype=torch.float64)
-    for piece, pair in row_pieces(rows, torch.float64):
-        powers = pair.sub_(pair.amax(dim=-1, keepdim=True)).exp_()
-        q, p = powers.div_(powers.sum(dim=-1, keepdim=True)).add_(FLOOR)
-        found[piece] = torch.linalg.vecdot(p, torch.div(p, q, out=q).log_()).clamp_min(0.0)
+def _divergence(rows: Sequence[Tensor]) -> NDArray[np.float64]:
+    """The Kullback-Leibler divergence of each row's softmax [rows]."""
+    count, columns = rows[0].shape
+    found, room = np.empty(count), np.empty((4, columns))
+    for begin, parts in chunks.spans(rows, columns):
+        first = begin // columns
+        some = found[first : first + parts[0].size // columns]
+        chunks.kernels().divergences(*parts, columns, some, room)
     return found
