@@ -5,6 +5,14 @@ Each takes and returns nested nothing: flat lists of Python floats, one list a m
 
 import math
 
+import numpy as np
+
+
+def mask(key, density, elements):
+    """Which elements DARE keeps: those whose 16 bits of the key's stream are below the density in units of 2^-16."""
+    drawn = np.random.PCG64DXSM(key).random_raw(elements // 4 + 1).view(np.uint16)[:elements]
+    return drawn < round(density * 65536)
+
 
 def linear(models, *, weight, normalize=True):
     total = sum(weight) if normalize else 1.0

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_lite.arithmetic.random_mask import RandomMask, mask_key
+from mergekit_lite.arithmetic.random_mask import mask_key
 from mergekit_lite.methods.table import METHODS
 from wtool.random_bits import RandomBits
 
@@ -98,7 +98,7 @@ def defined(name: str, tensors: Tensors) -> Tensor:
     definition = next(getattr(module, called) for module in DEFINITIONS if hasattr(module, called))
     if name.startswith("dare"):
         masks = [
-            RandomMask(key, share).take(0, base.numel()).tolist()
+            DEFINITIONS[0].mask(key, share, base.numel()).tolist()
             for key, share in zip(keys(models), asked["density"], strict=True)
         ]
         asked |= {"masks": masks, "rescale": "density", "elect": name == "dare_ties"}

@@ -258,24 +258,45 @@ def _multiply(part, other):
         part[i] *= other[i]
 
 
+def _scale(part, factors, level):
+    for i in range(part.size):
+        part[i] *= factors[i]
+
+
+def _drop_at_random(part, factors, level):
+    zero, one = part.dtype.type(0), part.dtype.type(1)
+    for i in range(part.size):
+        part[i] *= one if factors[i] < level else zero
+
+
+def _multiply_or_drop(part, factors, level):
+    """Multiply by factors, or by 0 where random bits are not below a level."""
+
+
+@overload(_multiply_or_drop)
+def _compile_multiply_or_drop(part, factors, level):
+    return _drop_at_random if factors.dtype == types.uint16 else _scale
+
+
 @compiled
-def _thin(part, start, cuts, ends, factors):
+def _thin(part, start, cuts, ends, factors, level):
     """Thin the piece of a task vector that begins with an element; parameters as of `merge`, of this model."""
     if cuts[1] < np.inf:
         _drop(part, cuts[1], ends[1] - start)
     if cuts[0] >= 0:
         _keep(part, cuts[0], ends[0] - start)
     if factors.size:
-        _multiply(part, factors)
+        _multiply_or_drop(part, factors, level)
 
 
 @compiled
-def merge(base, models, out, work, cuts, ends, factors, times, weight, elect, normalize, scale):
+def merge(base, models, out, work, cuts, ends, factors, levels, times, weight, elect, normalize, scale):
     """Add thinned task vectors to the base, after an election of signs or without.
 
     cuts:    [models, 2]: elements of less magnitude than the first are dropped, and of more than the second
     ends:    [models, 2], int64: before which element those equal to the first are kept, and to the second dropped
-    factors: [models, elements], what task vectors are multiplied by; or [models, 0]
+    factors: of each model what its task vector is multiplied by [elements], or random bits, uint16; or [0]
+    levels:  [models], int32: elements are kept where random bits are less
     times:   [models], and this
     weight:  [models], what each counts in the mean of those with the elected sign
     normalize, scale: of the elected's sum, and of what is added
@@ -291,7 +312,7 @@ def merge(base, models, out, work, cuts, ends, factors, times, weight, elect, no
             part = work[4 + m, :size]
             _load(models[m][start:stop], part)
             _subtract(part, origin)
-            _thin(part, start, cuts[m], ends[m], factors[m, start:stop])
+            _thin(part, start, cuts[m], ends[m], factors[m][start:stop], levels[m])
             if elect and times[m] != one:
                 for i in range(size):
                     part[i] *= times[m]
@@ -329,7 +350,7 @@ def _turn_back(agreed, count, total, normalize):
 
 
 @compiled
-def lengths(base, model, work, cuts, ends, factors):
+def lengths(base, model, work, cuts, ends, factors, level):
     """The l1 norm of a task vector before and after it is thinned; parameters as of `merge`, of this model."""
     before = after = 0.0
     for start in range(0, base.size, BLOCK):
@@ -339,7 +360,7 @@ def lengths(base, model, work, cuts, ends, factors):
         _load(model[start:stop], part)
         _subtract(part, origin)
         before += _length(part, origin)
-        _thin(part, start, cuts, ends, factors[start:stop])
+        _thin(part, start, cuts, ends, factors[start:stop], level)
         after += _length(part, origin)
     return before, after
 

@@ -7,11 +7,6 @@ walked.
 
 import hashlib
 
-import numpy as np
-from numpy.typing import NDArray
-
-from wtool.random_bits import RandomBits
-
 LEVELS = 1 << 16  # a density is honoured to the nearest multiple of 1 / LEVELS
 
 
@@ -21,24 +16,3 @@ def mask_key(seed: int, model: int, tensor: str) -> int:
     model: the model's place in the recipe, from 0
     """
     return int.from_bytes(hashlib.blake2b(f"{seed}/{model}/{tensor}".encode(), digest_size=16).digest(), "little")
-
-
-class RandomMask:
-    """Keeps each element with probability `density`.
-
-    density: in [0, 1]; `effective` is what it is rounded to
-    """
-
-    def __init__(self, key: int, density: float):
-        self._level = round(density * LEVELS)
-        self.effective = self._level / LEVELS
-        self._bits = RandomBits(key)
-
-    def take(self, begin: int, count: int) -> NDArray[np.bool_]:
-        """Whether elements are kept.
-
-        begin: the number of the first element
-        """
-        if self._level == LEVELS:
-            return np.ones(count, dtype=bool)
-        return self._bits.take(begin, count) < self._level

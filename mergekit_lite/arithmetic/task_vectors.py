@@ -32,13 +32,15 @@ class Thin:
 
     kept:    only these elements
     dropped: and of them not these
-    factors: (first element, how many) -> what elements are multiplied by, in the working type, or whether they are kept
+    factors: (first element, how many) -> what elements are multiplied by, in the working type, or random bits, uint16
+    level:   elements are kept where random bits are less
     times:   and all of them by this
     """
 
     kept: Cut = ALL
     dropped: Cut = NONE
     factors: Callable[[int, int], chunks.Array] | None = None
+    level: int = 0
     times: float = 1.0
 
 
@@ -72,6 +74,7 @@ def merge_task_vectors(
     limits = [_limits(each) for each in thin]
     cuts = chunks.of_working_type(tensors, [magnitudes for magnitudes, _ in limits])
     ends = np.array([places for _, places in limits], dtype=np.int64)
+    levels = np.array([each.level for each in thin], dtype=np.int32)
     counts = chunks.of_working_type(tensors, weight)
     times = chunks.of_working_type(tensors, [each.times * w for each, w in zip(thin, weight, strict=True)])
     factor = chunks.of_working_type(tensors, scale)[()]
@@ -80,8 +83,8 @@ def merge_task_vectors(
     def merge(begin: int, parts: tuple[chunks.Array, ...], out: chunks.Array) -> None:
         factors = _factors(thin, begin, out.size, work.dtype)
         original, *tuned = parts
-        loop = chunks.kernels().merge
-        loop(original, tuple(tuned), out, work, cuts, ends - begin, factors, times, counts, elect, normalize, factor)
+        thinning = cuts, ends - begin, factors, levels, times
+        chunks.kernels().merge(original, tuple(tuned), out, work, *thinning, counts, elect, normalize, factor)
 
     return chunks.apply(merge, tensors, dtype=dtype)
 
@@ -99,8 +102,8 @@ def lengths(thin: Thin, base: Tensor, model: Tensor) -> tuple[float, float]:
     work = chunks.work([base, model], 2)
     before = after = 0.0
     for begin, parts in chunks.pieces([base, model]):
-        factors = _factors([thin], begin, parts[0].size, work.dtype)[0]
-        found = chunks.kernels().lengths(*parts, work, cuts, ends - begin, factors)
+        (factors,) = _factors([thin], begin, parts[0].size, work.dtype)
+        found = chunks.kernels().lengths(*parts, work, cuts, ends - begin, factors, np.int32(thin.level))
         before, after = before + found[0], after + found[1]
     return before, after
 
@@ -110,14 +113,8 @@ def _limits(thin: Thin) -> tuple[tuple[float, float], tuple[int, int]]:
     return (thin.kept.magnitude, thin.dropped.magnitude), (thin.kept.ties_end, thin.dropped.ties_end)
 
 
-def _factors(thin: Sequence[Thin], begin: int, size: int, dtype: np.dtype) -> chunks.Array:
-    """What elements of a piece are multiplied by [models, elements]; [models, 0] where nothing is."""
+def _factors(thin: Sequence[Thin], begin: int, size: int, dtype: np.dtype) -> tuple[chunks.Array, ...]:
+    """What elements of a piece are multiplied by, or their random bits, of each model; empty where nothing is."""
     given = [each.factors(begin, size) if each.factors else None for each in thin]
-    kinds = {each.dtype for each in given if each is not None}
-    if not kinds:
-        return np.empty((len(thin), 0), dtype=dtype)
-    found = np.ones((len(thin), size), dtype=kinds.pop() if len(kinds) == 1 else dtype)
-    for row, each in zip(found, given, strict=True):
-        if each is not None:
-            row[:] = each
-    return found
+    kind = next((each.dtype for each in given if each is not None), dtype)
+    return tuple(np.empty(0, kind) if each is None else each for each in given)

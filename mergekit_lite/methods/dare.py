@@ -10,14 +10,16 @@ had before, which is not the same for heavy tails; that is `rescale="l1"`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from wtool.pieces import InPieces, Pieces
+from wtool.random_bits import RandomBits
 
-from ..arithmetic.random_mask import RandomMask
+from ..arithmetic.random_mask import LEVELS
 from ..arithmetic.task_vectors import WHOLE, Thin, merge_task_vectors, rescaled
 
 Rescale = Literal["density", "l1", "none"]
@@ -75,9 +77,10 @@ def dare_ties(
 
 
 def _drop(base: Tensor, model: Tensor, density: float, key: int, rescale: Rescale) -> Thin:
-    if density >= 1.0:
+    level = round(density * LEVELS)
+    if level == LEVELS:
         return WHOLE
-    mask = RandomMask(key, density)
+    thin = Thin(factors=RandomBits(key).take, level=level)
     if rescale == "l1":
-        return rescaled(Thin(factors=mask.take), base, model)
-    return Thin(factors=mask.take, times=1.0 / mask.effective if rescale == "density" and mask.effective else 1.0)
+        return rescaled(thin, base, model)
+    return replace(thin, times=LEVELS / level) if rescale == "density" and level else thin

@@ -4,12 +4,12 @@ import torch
 from shapes import SHAPES, TYPES
 
 from mergekit_lite.arithmetic import chunks
-from mergekit_lite.arithmetic.random_mask import LEVELS, RandomMask, mask_key
+from mergekit_lite.arithmetic.random_mask import LEVELS, mask_key
 from mergekit_lite.methods.dare import dare_linear, dare_ties
 
 
 def masks_of(keys, density, elements):
-    return [RandomMask(key, share).take(0, elements).tolist() for key, share in zip(keys, density, strict=True)]
+    return [definition.mask(key, share, elements).tolist() for key, share in zip(keys, density, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -39,7 +39,10 @@ def test_limits(tensors, method):
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
 def test_as_many_are_kept_as_asked(density):
     n = 400_000
-    kept = int(RandomMask(mask_key(0, 0, "x"), density).take(0, n).sum())
+    ones = dare_linear(
+        torch.zeros(n), [torch.ones(n)], weight=[1.0], density=[density], key=[mask_key(0, 0, "x")], rescale="none"
+    )
+    kept = int(ones.sum())
     assert abs(kept - density * n) < 5 * (n * density * (1 - density)) ** 0.5
 
 
@@ -60,23 +63,22 @@ def test_masks_do_not_depend_on_the_pieces(monkeypatch):
         assert torch.equal(dare_linear(base, [model], weight=[1.0], density=[0.3], key=[7]), whole)
 
 
-def test_an_element_can_be_asked_for_by_its_number():
-    whole = RandomMask(7, 0.3).take(0, 1000)
-    mask = RandomMask(7, 0.3)
-    for begin in (512, 0, 996, 4):
-        assert mask.take(begin, 4).tolist() == whole[begin : begin + 4].tolist()
-
-
 def test_keys_tell_seed_model_and_tensor_apart():
     keys = {mask_key(seed, model, name) for seed in (0, 1) for model in (0, 1) for name in ("a", "b")}
     assert len(keys) == 8
 
 
 def test_masks_of_two_models_are_independent():
-    a, b = (RandomMask(mask_key(0, model, "x"), 0.5).take(0, 100_000) for model in (0, 1))
+    a, b = (definition.mask(mask_key(0, model, "x"), 0.5, 100_000) for model in (0, 1))
     assert abs(float((a == b).mean()) - 0.5) < 0.01
 
 
 def test_the_rescaling_is_of_the_density_that_is_used():
-    mask = RandomMask(1, 0.3)
-    assert mask.effective == round(0.3 * LEVELS) / LEVELS
+    merged = dare_linear(torch.zeros(100), [torch.ones(100)], weight=[1.0], density=[0.3], key=[1])
+    assert set(merged.tolist()) == {0.0, torch.tensor(LEVELS / round(0.3 * LEVELS)).item()}
+
+
+@pytest.mark.parametrize("method", [dare_linear, dare_ties])
+def test_what_is_not_a_number_is_not_dropped(method):
+    base, model = torch.zeros(1000), torch.full((1000,), torch.nan)
+    assert method(base, [model], weight=[1.0], density=[0.3], key=[1]).isnan().all()
