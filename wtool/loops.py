@@ -35,8 +35,21 @@ def shake(numbers, noise, dropped, largest):
     dropped: bits of the mantissa that the type has not, 16 at most
     largest: numbers that are not below it in magnitude stay as they are
     """
-    down, kept = np.uint32(16 - dropped), ~np.uint32((1 << dropped) - 1)
+    down, kept, largest = np.uint32(16 - dropped), ~np.uint32((1 << dropped) - 1), np.float32(largest)
     for i in range(numbers.size):
         number = numbers[i]
         moved = bits((bits(number) + (np.uint32(noise[i]) >> down)) & kept)
         numbers[i] = moved if abs(number) < largest else number
+
+
+@compiled
+def shake_to_bfloat16(numbers, noise, largest, out):
+    """The same for bfloat16, and written as its bits; numbers that are not below the largest go to the nearest."""
+    half, one, most, largest = np.uint32(0x7FFF), np.uint32(1), np.uint32(16), np.float32(largest)
+    for i in range(numbers.size):
+        number = numbers[i]
+        given = bits(number)
+        nearest = np.uint32(given + half + ((given >> most) & one))
+        nearest = nearest if number == number else np.uint32(0x7FC00000)
+        moved = np.uint32(given + np.uint32(noise[i]))
+        out[i] = (moved if abs(number) < largest else nearest) >> most

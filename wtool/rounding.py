@@ -40,11 +40,15 @@ def at_random(made: Pieces, dtype: torch.dtype, seed: int) -> Pieces:
     (dropped, largest), bits = SHORT[dtype], RandomBits(seed)
 
     def fill(begin: int, out: Tensor) -> None:
-        from wtool.loops import shake
+        from wtool.loops import shake, shake_to_bfloat16
 
         plain = torch.empty(out.numel(), dtype=torch.float32)
         made.fill(begin, plain)
-        shake(plain.numpy(), bits.take(begin, plain.numel()), dropped, largest)
-        out.copy_(plain)
+        numbers, noise = plain.numpy(), bits.take(begin, plain.numel())
+        if out.dtype == torch.bfloat16:
+            shake_to_bfloat16(numbers, noise, largest, out.view(torch.uint16).numpy())
+        else:
+            shake(numbers, noise, dropped, largest)
+            out.copy_(plain)
 
     return Pieces(made.shape, dtype, fill, made.unit)
