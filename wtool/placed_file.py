@@ -10,8 +10,7 @@ knows no direct writes, everything does.
 import mmap
 import os
 import threading
-from concurrent.futures import Executor, Future
-from contextlib import suppress
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +58,16 @@ class PlacedFile:
 
 
 class Placement:
-    """Bytes on their way to their place: `room` for those that come next, and `end` when all are there.
+    """Bytes on their way to their place: `room` for those that come next, `end` when all are there.
 
-    One at a time in a thread, whose two buffers it uses in turn: one is filled while the other is written.
+    A thread fills one at a time, and uses its two buffers in turn: one is filled while the other is written. So after
+    `end` it may go on with the next, and `wait` for this one later.
     """
 
     def __init__(self, file: int, direct: int | None, position: int, disk: Executor):
         self._file, self._direct, self._disk = file, direct, disk
         self._filling, self._other = _buffers()
+        self._writes: list[Future[None]] = []
         self._origin = position // ALIGNMENT * ALIGNMENT  # in the file, of the buffer's first byte
         self._first = self._last = position - self._origin  # what is in the buffer and not in the file
 
@@ -82,10 +83,14 @@ class Placement:
         return self._filling.memory[begin : self._last]
 
     def end(self) -> None:
-        """Write what is left, and return when all is written."""
+        """Begin to write what is left."""
         self._put()
         self._through_cache(self._first, self._last)
-        self._other.wait()
+
+    def wait(self) -> None:
+        """Return when all is written."""
+        for writing in self._writes:
+            writing.result()
 
     def _put(self) -> None:
         """Write what is there; of direct writes a last ragged page is kept, and goes on in the other buffer."""
@@ -97,10 +102,13 @@ class Placement:
         if begin >= end:
             return
         self._through_cache(self._first, begin)
-        self._other.wait()
+        self._other.make_free()
+        for writing in filter(Future.done, self._writes):
+            writing.result()
         self._other.memory[: self._last - end] = self._filling.memory[end : self._last]
         pages = self._filling.memory.data[begin:end]
         self._filling.writing = self._disk.submit(_write_all, self._direct, pages, self._origin + begin)
+        self._writes.append(self._filling.writing)
         self._filling, self._other = self._other, self._filling
         self._origin, self._first, self._last = self._origin + end, 0, self._last - end
 
@@ -115,21 +123,20 @@ class _Buffer:
         self.memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
         self.writing: Future[None] | None = None
 
-    def wait(self) -> None:
-        """Until the memory is written and free."""
-        writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+    def make_free(self) -> None:
+        """Return when the memory is written, or cannot be."""
+        if self.writing is not None:
+            wait([self.writing])
+            self.writing = None
 
 
 def _buffers() -> tuple[_Buffer, _Buffer]:
-    """The thread's."""
+    """The thread's, of which the first is free."""
     if not hasattr(_local, "buffers"):
         _local.buffers = _Buffer(BUFFER), _Buffer(BUFFER)
-    for buffer in _local.buffers:
-        with suppress(OSError):  # of a placement that was given up
-            buffer.wait()
-    return _local.buffers
+    one, other = sorted(_local.buffers, key=lambda buffer: buffer.writing is not None)
+    one.make_free()
+    return one, other
 
 
 def _write_all(file: int, data: memoryview, position: int) -> None:

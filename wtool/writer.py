@@ -66,8 +66,8 @@ def tensor_bytes(tensor: "torch.Tensor") -> memoryview:
 class Placed:
     """A tensor on its way to its place, with the checksum of what was put there."""
 
-    def __init__(self, placement: Placement, out: Path):
-        self._placement, self._out = placement, out
+    def __init__(self, placement: Placement, nbytes: int, out: Path):
+        self._placement, self._nbytes, self._out = placement, nbytes, out
         self._sum = xxhash.xxh3_128()
         self.nbytes = 0
 
@@ -93,9 +93,15 @@ class Placed:
             self.filled(room)
 
     def end(self) -> None:
-        """Write what is not written yet."""
+        """Begin to write what is left; the thread may go on with another tensor."""
+        assert self.nbytes == self._nbytes
         with disk_errors(self._out):
             self._placement.end()
+
+    def wait(self) -> None:
+        """Return when all is written."""
+        with disk_errors(self._out):
+            self._placement.wait()
 
 
 class Writer:
@@ -145,20 +151,18 @@ class Writer:
         """
         sums: dict[str, str] = {}
         for name, tensor in tensors.items():
-            with self.place(name) as placed:
-                placed.put(tensor_bytes(tensor))
+            placed = self.place(name)
+            placed.put(tensor_bytes(tensor))
+            placed.end()
+            placed.wait()
             sums[name] = placed.digest
         self.note_done(sums, note or {})
 
-    @contextmanager
-    def place(self, name: str) -> Iterator[Placed]:
+    def place(self, name: str) -> Placed:
         """A tensor's place, to put its bytes there in their order; it is not done before `note_done` says so."""
         shard = self._shard_of[name]
-        info = shard.tensors[name]
-        placed = Placed(self._files[shard.filename].place(shard.offsets[name], info.nbytes), self.out)
-        yield placed
-        placed.end()
-        assert placed.nbytes == info.nbytes, name
+        nbytes = shard.tensors[name].nbytes
+        return Placed(self._files[shard.filename].place(shard.offsets[name], nbytes), nbytes, self.out)
 
     def read(self, name: str) -> "torch.Tensor":
         """A tensor that is done."""
@@ -280,6 +284,7 @@ class Writer:
         header = file.place(0, len(shard.header))
         header.room(len(shard.header)).data[:] = shard.header
         header.end()
+        header.wait()
         return file
 
     def _check_room(self) -> None:

@@ -48,6 +48,7 @@ def put(file: PlacedFile, data: np.ndarray, position: int, step: int) -> None:
         part = data[begin : begin + step]
         placement.room(part.size)[:] = part
     placement.end()
+    placement.wait()
 
 
 @pytest.mark.parametrize("step", [1000, 4096, 65_536, 100_001, 1 << 21])

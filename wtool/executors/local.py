@@ -9,8 +9,9 @@ depend on the number of workers: a step knows no other step, and torch computes 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from wtool.pieces import Pieces, pieces_of
 from wtool.plan import Plan, Step, Told
 from wtool.shards import json_bytes
 from wtool.threads import available_processors, thread_pool
-from wtool.writer import MANIFEST, Writer, checksum, is_complete, tensor_bytes
+from wtool.writer import MANIFEST, Placed, Writer, checksum, is_complete, tensor_bytes
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ BYTES_A_WORKER = 1 << 24
 
 Progress = Callable[[int], None]  # is told the bytes written by each step done
 Walk = Callable[[Writer], None]
+Finish = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -148,21 +150,28 @@ def run_steps(
     stop = threading.Event()
 
     def work() -> None:
-        while not stop.is_set():
-            with guard:
-                number, step = next(queue, (0, None))
-            if step is None:
-                return
-            if number + workers < len(steps):
-                for source, name in steps[number + workers].reads:
-                    plan.sources[source].prefetch(name)
-            try:
+        finish: Finish | None = None  # of the step before, whose last bytes are written beside this one
+        try:
+            while not stop.is_set():
+                with guard:
+                    number, step = next(queue, (0, None))
+                if step is None:
+                    return
+                if number + workers < len(steps):
+                    for source, name in steps[number + workers].reads:
+                        plan.sources[source].prefetch(name)
                 with budget.room(step.nbytes_in_flight):
-                    _run_step(plan, step, writer, allow_nonfinite)
-            except BaseException:
-                stop.set()
-                raise
-            progress(step.nbytes_written)
+                    made = _run_step(plan, step, writer, allow_nonfinite)
+                finish, before = made, finish
+                if before:
+                    before()
+                progress(step.nbytes_written)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            if finish:
+                finish()
 
     with thread_pool(workers) as pool:
         futures = [pool.submit(work) for _ in range(workers)]
@@ -173,7 +182,8 @@ def run_steps(
             stop.set()
 
 
-def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> None:
+def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> Finish:
+    """Make what a step makes, and put it on its way to the disk."""
     begin = time.perf_counter()
     working_on(next(iter(step.outputs)))
     inputs = [plan.sources[source].read(name) for source, name in step.reads]
@@ -183,25 +193,33 @@ def _run_step(plan: Plan, step: Step, writer: Writer, allow_nonfinite: bool) -> 
     made = result.tensors if isinstance(result, Told) else result
     made = made if isinstance(made, tuple) else (made,)
     sums = [_Sum(tensor) for tensor in inputs]
-    digests: dict[str, str] = {}
+    outputs: dict[str, Placed] = {}
     for name, each in zip(step.outputs, made, strict=True):
         pieces = each if isinstance(each, Pieces) else pieces_of(each)
-        with writer.place(name) as placed:
-            for first, end in pieces.ranges():
-                room = placed.room((end - first) * pieces.dtype.itemsize)
-                piece = _fill(pieces, first, end - first, room)
-                if not allow_nonfinite and (element := first_nonfinite(piece)) is not None:
-                    raise _nonfinite(plan, step, inputs, name, piece, element, first)
-                placed.filled(room)
-                for read in sums if len(made) == 1 else ():
-                    read.go_on(end, pieces.count)
-        digests[name] = placed.digest
+        placed = outputs[name] = writer.place(name)
+        for first, end in pieces.ranges():
+            room = placed.room((end - first) * pieces.dtype.itemsize)
+            piece = _fill(pieces, first, end - first, room)
+            if not allow_nonfinite and (element := first_nonfinite(piece)) is not None:
+                raise _nonfinite(plan, step, inputs, name, piece, element, first)
+            placed.filled(room)
+            for read in sums if len(made) == 1 else ():
+                read.go_on(end, pieces.count)
+        placed.end()
     ends = [[source, name, each.end()] for (source, name), each in zip(step.reads, sums, strict=True)]
-    writer.note_done(digests, {"inputs": ends, **({"report": told.told()} if told else {})})
+    note = {"inputs": ends, **({"report": told.told()} if told else {})}
     for source, name in step.reads:
         plan.sources[source].forget(name)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s: done in %.3f s", ", ".join(step.outputs), time.perf_counter() - begin)
+    return partial(_finish, writer, outputs, note)
+
+
+def _finish(writer: Writer, outputs: Mapping[str, Placed], note: Mapping[str, Any]) -> None:
+    """Wait for the disk, and note a step as done."""
+    for placed in outputs.values():
+        placed.wait()
+    writer.note_done({name: placed.digest for name, placed in outputs.items()}, note)
 
 
 def _fill(made: Pieces, first: int, count: int, room: NDArray[np.uint8]) -> torch.Tensor:
