@@ -13,6 +13,7 @@ Ties at the threshold are broken by position: earlier elements are kept.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil, floor, inf, sqrt
 
 import numpy as np
@@ -155,9 +156,11 @@ def _cut(
     """
     if pool is not None:
         order = np.sort(pool)  # many of them equal, which a partition takes ten times as long for
-        number = float(order[-rank])
-        rank -= order.size - int(np.searchsorted(order, number, side="right"))  # now among those equal to it
-        ends = np.concatenate([[0], np.cumsum(pool == number)])[ends]
+        threshold = order[-rank]  # of the array's type, of which else all would be converted
+        rank -= order.size - int(np.searchsorted(order, threshold, side="right"))  # now among those equal to it
+        number = float(threshold)
+        del order
+        ends = np.cumsum([np.count_nonzero(pool[a:b] == number) for a, b in pairwise([0, *ends])])
     if rank == ends[-1]:
         return Cut(number, magnitudes.count)
     segment = int(np.searchsorted(ends, rank))  # where the last equal one that is kept is
