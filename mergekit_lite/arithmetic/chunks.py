@@ -70,29 +70,30 @@ def _numpy_type(tensors: Sequence[Tensor]) -> type[np.floating]:
     return np.float64 if working_type(tensors) == torch.float64 else np.float32
 
 
-def pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[int, tuple[Array, ...]]]:
-    """Yield (first element, the tensors' pieces), to be read only."""
-    read = _reader(tensors)
-    for begin in range(0, tensors[0].numel(), CHUNK):
-        yield begin, read(begin, begin + CHUNK)
-
-
-def spans(tensors: Sequence[Tensor], unit: int = 1) -> Iterator[tuple[int, tuple[Array, ...]]]:
-    """The same in as few pieces as can be: in one, where the loops read the tensors as they lie.
+def pieces(tensors: Sequence[Tensor], unit: int = 1) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    """Yield (first element, the tensors' pieces), to be read only.
 
     unit: pieces begin at multiples of so many elements, and end there or with the tensors
     """
-    read, count = _reader(tensors), tensors[0].numel()
-    step = count if _is_plain(tensors) else max(CHUNK // unit, 1) * unit
-    for begin in range(0, count, max(step, 1)):
+    read, step = _reader(tensors), max(CHUNK // unit, 1) * unit
+    for begin in range(0, tensors[0].numel(), step):
         yield begin, read(begin, begin + step)
 
 
-def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Pieces:
+def spans(tensors: Sequence[Tensor], unit: int = 1) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    """The same in as few pieces as can be: in one, where the loops read the tensors as they lie."""
+    if _is_plain(tensors):
+        yield 0, _reader(tensors)(0, tensors[0].numel())
+    else:
+        yield from pieces(tensors, unit)
+
+
+def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None, unit: int = 1) -> Pieces:
     """A tensor that is computed piece by piece.
 
     tensors: of one shape, any float types
     dtype:   of the result; the inputs' (promoted) if None
+    unit:    of the pieces
     """
     read, kind = _reader(tensors), working_type(tensors)
 
@@ -105,7 +106,7 @@ def apply(kernel: Kernel, tensors: Sequence[Tensor], *, dtype: torch.dtype | Non
             kernel(begin, parts, buffer.numpy())
             out.copy_(buffer)
 
-    return Pieces(tensors[0].shape, result_type(tensors, dtype), fill)
+    return Pieces(tensors[0].shape, result_type(tensors, dtype), fill, unit)
 
 
 def _reader(tensors: Sequence[Tensor]) -> Callable[[int, int], tuple[Array, ...]]:

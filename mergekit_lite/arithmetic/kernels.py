@@ -504,18 +504,24 @@ def merge_selected(base, models, out, work, cut, end, shares):
 
 
 @compiled
-def rank_keys(magnitudes, columns, first, keys):
-    """Numbers that sort as the magnitudes of a row do, and of equal ones as their places, which are their low halves.
+def rank_keys(tensors, columns, first, keys, work):
+    """Numbers that sort as the distances of two tensors in a row do, and of equal ones as their places, which are their
+    low halves.
 
-    first: the place of the first magnitude in its row
+    first: the place of the first element in its row
     """
-    begin, place = 0, first
-    while begin < magnitudes.size:
-        end = min(begin + columns - place, magnitudes.size)
-        part, out = magnitudes[begin:end], keys[begin:end]
-        for i in range(part.size):
-            out[i] = np.uint64(_bits(part[i])) << np.uint64(32) | np.uint64(place + i)
-        begin, place = end, 0
+    place = first
+    for start in range(0, keys.size, BLOCK):
+        stop = min(start + BLOCK, keys.size)
+        _spread_block(tensors, start, stop, work[0, : stop - start], work)
+        begin = start
+        while begin < stop:
+            end = min(begin + columns - place, stop)
+            part, out = work[0, begin - start : end - start], keys[begin:end]
+            for i in range(part.size):
+                out[i] = np.uint64(_bits(part[i])) << np.uint64(32) | np.uint64(place + i)
+            place = (place + end - begin) % columns
+            begin = end
 
 
 @compiled

@@ -34,6 +34,7 @@ class Thin:
     dropped: and of them not these
     factors: (first element, how many) -> what elements are multiplied by, in the working type, or random bits, uint16
     level:   elements are kept where random bits are less
+    unit:    factors are asked for of so many elements, or of several times as many
     times:   and all of them by this
     """
 
@@ -41,6 +42,7 @@ class Thin:
     dropped: Cut = NONE
     factors: Callable[[int, int], chunks.Array] | None = None
     level: int = 0
+    unit: int = 1
     times: float = 1.0
 
 
@@ -86,7 +88,7 @@ def merge_task_vectors(
         thinning = cuts, ends - begin, factors, levels, times
         chunks.kernels().merge(original, tuple(tuned), out, work, *thinning, counts, elect, normalize, factor)
 
-    return chunks.apply(merge, tensors, dtype=dtype)
+    return chunks.apply(merge, tensors, dtype=dtype, unit=max(each.unit for each in thin))
 
 
 def rescaled(thin: Thin, base: Tensor, model: Tensor) -> Thin:
@@ -101,7 +103,7 @@ def lengths(thin: Thin, base: Tensor, model: Tensor) -> tuple[float, float]:
     cuts, ends = chunks.of_working_type([base, model], magnitudes), np.array(places, dtype=np.int64)
     work = chunks.work([base, model], 2)
     before = after = 0.0
-    for begin, parts in chunks.pieces([base, model]):
+    for begin, parts in chunks.pieces([base, model], thin.unit):
         (factors,) = _factors([thin], begin, parts[0].size, work.dtype)
         found = chunks.kernels().lengths(*parts, work, cuts, ends - begin, factors, np.int32(thin.level))
         before, after = before + found[0], after + found[1]

@@ -14,7 +14,7 @@ The random numbers belong to ranks, not to places: the k-th of a row always has 
 takes the memory of a few pieces, or of a few rows where those are longer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ from wtool.random_bits import RandomBits
 
 from ..arithmetic import chunks
 from ..arithmetic.random_mask import LEVELS
-from ..arithmetic.selection import Magnitudes
-from ..arithmetic.task_vectors import WHOLE, Thin, lengths, merge_task_vectors
+from ..arithmetic.task_vectors import WHOLE, Thin, merge_task_vectors, rescaled
 from .dare import Rescale
+
+TOGETHER = 1 << 18  # elements whose keys are made, sorted and used together, so that they stay in the second cache
 
 
 @InPieces
@@ -57,8 +58,10 @@ def della(
     normalize: divide each element by the sum of the weights that agree with the elected sign
     lambda_:   factor of the merged task vector
     """
-    masks = _masks(base, models, density, epsilon, key, rescale)
-    return _merge(base, models, masks, weight, True, normalize, lambda_, dtype)
+    thin = _drop(base, models, density, epsilon, key, rescale)
+    return merge_task_vectors(
+        base, models, thin=thin, weight=weight, elect=True, normalize=normalize, scale=lambda_, dtype=dtype
+    )
 
 
 @InPieces
@@ -79,41 +82,57 @@ def della_linear(
 
     normalize: divide the sum by the weights' sum
     """
-    masks = _masks(base, models, density, epsilon, key, rescale)
-    return _merge(base, models, masks, weight, False, normalize, lambda_, dtype)
+    thin = _drop(base, models, density, epsilon, key, rescale)
+    return merge_task_vectors(
+        base, models, thin=thin, weight=weight, elect=False, normalize=normalize, scale=lambda_, dtype=dtype
+    )
 
 
 class RankMask:
-    """The random factors of a tensor's elements: 0 where one is dropped, else what it is scaled by.
+    """The random factors of a task vector's elements: 0 where one is dropped, else what it is scaled by.
 
     is_scaled: whether what is kept is divided by its probability
     """
 
-    def __init__(self, columns: int, density: float, epsilon: float, key: int, *, is_scaled: bool):
-        levels = rank_levels(columns, density, epsilon)
-        self.ratio = 1.0  # of l1 norms, before and after
+    def __init__(self, base: Tensor, model: Tensor, density: float, epsilon: float, key: int, *, is_scaled: bool):
+        self._flat, self._columns = [base.reshape(-1), model.reshape(-1)], columns(base)
+        levels = rank_levels(self._columns, density, epsilon)
         self._last = np.maximum(levels - 1, 0).astype(np.uint16)  # an element is kept where its bits are no more
         scale = LEVELS / np.maximum(levels, 1) if is_scaled else 1.0
-        self._factors = np.where(levels > 0, scale, 0.0)
+        self._factors = chunks.of_working_type(self._flat, np.where(levels > 0, scale, 0.0))
         self._bits = RandomBits(key)
 
-    def factors(self, begin: int, base: Tensor, model: Tensor) -> chunks.Array:
-        """Of some rows, one after the other.
+    def factors(self, begin: int, count: int) -> chunks.Array:
+        """Of whole rows, one after the other.
 
-        begin:       the number of the first row's first element
-        base, model: [rows, columns]
+        begin: the first row's first element; count: of elements
         """
-        keys = _ascending(base, model)
-        numbers = self._bits.take(begin, keys.size)
-        factors = chunks.of_working_type([base, model], self._factors)
-        found = chunks.empty([base, model], keys.size)
-        chunks.kernels().factors_of_ranks(keys, numbers, self._last, factors, found)
+        found = chunks.empty(self._flat, count)
+        size = max(TOGETHER // self._columns, 1) * self._columns
+        for first in range(0, count, size):
+            some = found[first : first + size]
+            keys = self._ascending(begin + first, some.size)
+            numbers = self._bits.take(begin + first, some.size)
+            chunks.kernels().factors_of_ranks(keys, numbers, self._last, self._factors, some)
         return found
 
-    def thin(self, begin: int, base: Tensor, model: Tensor) -> Thin:
-        """Thinning of some rows; parameters as for `factors`."""
-        found = self.factors(begin, base, model)
-        return Thin(factors=lambda first, count: found[first : first + count], times=self.ratio)
+    def _ascending(self, begin: int, count: int) -> NDArray[np.uint64]:
+        """In each row, from the element of the smallest magnitude to the largest: their columns, in the low halves.
+
+        A magnitude's bits sort as it does. With the place below them in one integer, one sort of integers, for which
+        numpy has vector instructions, orders magnitudes and breaks ties: rows of 4096 in an eighth of torch.argsort's
+        time.
+        """
+        pair = [tensor[begin : begin + count] for tensor in self._flat]
+        if chunks.working_type(pair) == torch.float64:
+            base, model = (tensor.double().view(-1, self._columns) for tensor in pair)
+            return model.sub(base).abs_().argsort(dim=1, stable=True).numpy().view(np.uint64).reshape(-1)
+        keys, work = np.empty(count, dtype=np.uint64), chunks.work(pair, 4)
+        for first, parts in chunks.spans(pair):
+            some = keys[first : first + parts[0].size]
+            chunks.kernels().rank_keys(parts, self._columns, first % self._columns, some, work)
+        keys.reshape(-1, self._columns).sort(axis=1)
+        return keys
 
 
 def rank_levels(columns: int, density: float, epsilon: float) -> NDArray[np.int64]:
@@ -123,83 +142,26 @@ def rank_levels(columns: int, density: float, epsilon: float) -> NDArray[np.int6
     return np.rint((density + epsilon * place) * LEVELS).astype(np.int64)
 
 
-def _ascending(base: Tensor, model: Tensor) -> NDArray[np.uint64]:
-    """In each row of a matrix, from the element of the smallest magnitude to the largest: their columns, in the low
-    halves.
-
-    A magnitude's bits sort as it does. With the place below them in one integer, one sort of integers, for which numpy
-    has vector instructions, orders magnitudes and breaks ties: rows of 4096 in an eighth of torch.argsort's time.
-    """
-    if chunks.working_type([base, model]) == torch.float64:
-        magnitudes = model.double().sub(base).abs_()
-        return magnitudes.argsort(dim=1, stable=True).numpy().view(np.uint64).reshape(-1)
-    keys = np.empty(base.numel(), dtype=np.uint64)
-    for begin, magnitudes in Magnitudes([base, model]).pieces():
-        place, out = begin % base.shape[1], keys[begin : begin + magnitudes.size]
-        chunks.kernels().rank_keys(magnitudes, base.shape[1], place, out)
-    keys.reshape(base.shape).sort(axis=1)
-    return keys
+def columns(tensor: Tensor) -> int:
+    """Of a row, along which elements have ranks."""
+    return max(tensor.shape[-1], 1) if tensor.dim() else 1
 
 
-def _masks(
+def _drop(
     base: Tensor,
     models: Sequence[Tensor],
     density: Sequence[float],
     epsilon: Sequence[float],
     key: Sequence[int],
     rescale: Rescale,
-) -> list[RankMask | None]:
-    """One a model; None where all is kept."""
-    masks: list[RankMask | None] = []
+) -> list[Thin]:
+    """One a model."""
+    found: list[Thin] = []
     for model, share, spread, name in zip(models, density, epsilon, key, strict=True):
-        mask = RankMask(_columns(base), share, spread, name, is_scaled=rescale == "density") if share < 1.0 else None
-        if mask and rescale == "l1":
-            mask.ratio = _length_ratio(base, model, mask)
-        masks.append(mask)
-    return masks
-
-
-def _length_ratio(base: Tensor, model: Tensor, mask: RankMask) -> float:
-    """How much the l1 norm of a task vector shrinks by thinning; 1 where it is or becomes 0."""
-    found = [lengths(mask.thin(begin, b, m), b, m) for begin, (b, m) in _rows([base, model])]
-    before, after = (sum(norms) for norms in zip(*found, strict=True)) if found else (0.0, 0.0)
-    return before / after if before and after else 1.0
-
-
-def _merge(
-    base: Tensor,
-    models: Sequence[Tensor],
-    masks: Sequence[RankMask | None],
-    weight: Sequence[float],
-    elect: bool,
-    normalize: bool,
-    scale: float,
-    dtype: torch.dtype | None,
-) -> Pieces:
-    """A few rows at a time, as ranks are within rows."""
-    columns = _columns(base)
-    matrices = [tensor.reshape(-1, columns) for tensor in (base, *models)]
-
-    def fill(begin: int, out: Tensor) -> None:
-        first = begin // columns
-        original, *tuned = (matrix[first : first + out.numel() // columns] for matrix in matrices)
-        thin = [mask.thin(begin, original, model) if mask else WHOLE for mask, model in zip(masks, tuned, strict=True)]
-        merged = merge_task_vectors(
-            original, tuned, thin=thin, weight=weight, elect=elect, normalize=normalize, scale=scale, dtype=out.dtype
-        )
-        merged.fill(0, out)
-
-    return Pieces(base.shape, chunks.result_type([base, *models], dtype), fill, unit=columns)
-
-
-def _columns(tensor: Tensor) -> int:
-    return max(tensor.shape[-1], 1) if tensor.dim() else 1
-
-
-def _rows(tensors: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield (first element, matrices of whole rows): about as many elements as a piece has, or one row."""
-    columns = _columns(tensors[0])
-    matrices = [tensor.reshape(-1, columns) for tensor in tensors]
-    step = max(chunks.CHUNK // columns, 1)
-    for row in range(0, len(matrices[0]), step):
-        yield row * columns, [matrix[row : row + step] for matrix in matrices]
+        if share >= 1.0:
+            found.append(WHOLE)
+            continue
+        mask = RankMask(base, model, share, spread, name, is_scaled=rescale == "density")
+        thin = Thin(factors=mask.factors, unit=columns(base))
+        found.append(rescaled(thin, base, model) if rescale == "l1" else thin)
+    return found
