@@ -16,9 +16,7 @@ class Case:
     parameters: dict[str, Any] = field(default_factory=dict)
     has_base: bool = True
     two: bool = False  # of the first two experts, as the method takes no more
-    ours: dict[str, Any] = field(
-        default_factory=dict
-    )  # parameters that mergekit does not have: then it is wtool's alone
+    ours: dict[str, Any] = field(default_factory=dict)  # parameters that mergekit lacks: then it is wtool's alone
     rounding: str = ""  # as the recipe has it, which mergekit does not: the same
 
     @property
@@ -77,6 +75,10 @@ CASES: list[Case] = [
     Case("nuslerp on the base (two)", "nuslerp", ONE, two=True),
     Case("nearswap, t 0.001 (two)", "nearswap", {"t": 0.001}, two=True),
     Case("arcee_fusion (two)", "arcee_fusion", two=True),
+    *(
+        Case(f"arcee_fusion, iqr_factor {factor} (two)", "arcee_fusion", two=True, ours={"iqr_factor": factor})
+        for factor in (1.85, 2.2)
+    ),
 ]
 CASES += [replace(case, name=f"{case.name}, stochastic", rounding="stochastic") for case in CASES]
 CASES += [Case("model_stock, nearest", "model_stock", rounding="nearest")]  # stochastic is its default
