@@ -29,10 +29,17 @@ from typing import Any
 from merge_peers.recipes import METHODS, inputs, recipe
 from merge_peers.shapes import MODELS, SHAPES, make
 
-IMPORTS = (
-    "import mergekit_lite.cli, mergekit_lite.planner, wtool.executors.chosen, wtool.executors.local, wtool.console"
-)
-COMPILED = f"{IMPORTS}, mergekit_lite.arithmetic.kernels"  # of all methods but these
+STARTING = """
+import os
+from wtool.memory import without_collection
+
+with without_collection():  # as a merge does it
+    import mergekit_lite.cli, mergekit_lite.planner, wtool.executors.chosen, wtool.executors.local, wtool.console
+MORE
+os._exit(0)
+"""
+IMPORTS = STARTING.replace("MORE", "")
+COMPILED = STARTING.replace("MORE", "from mergekit_lite.arithmetic import chunks; chunks.kernels()")  # but for these:
 NOT_COMPILED = ("linear", "passthrough")
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Made = torch.Tensor | Pieces
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-IN_PIECES = 1 << 24  # bytes that a step holds at most of what it makes in pieces, with what is being written
+IN_PIECES = 1 << 25  # bytes that a step holds at most of what it makes in pieces, with what is being written
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,12 @@ def combine(
 def gram(base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
     """The dot products of N tensors, each taken as one vector (less the base): [N, N], float64."""
     tensors = models if base is None else [*models, base]
-    total = np.zeros((len(models), len(models)))
-    work = np.empty((len(tensors) + 1, chunks.kernels().BLOCK))
+    loops, count = chunks.kernels(), len(models)
+    sums, total = np.zeros((count, count, loops.LANES)), np.empty((count, count))
+    work = np.empty((len(tensors), loops.BLOCK))
     for _, parts in chunks.spans(tensors):
-        chunks.kernels().gram(parts, total, work, base is not None)
+        loops.products(parts, sums, work, base is not None)
+    loops.gram(sums, total)
     return torch.from_numpy(total)
 
 

@@ -20,6 +20,7 @@ from wtool.compiled import compiled, fma
 
 BLOCK = 1024  # elements
 SEGMENT = 1 << 16  # elements, after which a scan tells where it is
+LANES = 256  # sums that are added to in turn, so that vectors do it and errors stay small
 
 
 def _copy(part, out):
@@ -409,32 +410,38 @@ def between(first, second, out, work, share):
 
 
 @compiled
-def gram(models, total, work, has_base):
-    """Add the dot products of models to [N, N], in float64 as is the work [N + 1, BLOCK], with a base [N + 2, BLOCK].
+def products(models, sums, work, has_base):
+    """Add the products of each two models to [N, N, LANES], on the diagonal and above, each element's to one lane.
 
-    has_base: the last is one, and all are taken less it
+    work:     [N, BLOCK], with a base [N + 1, BLOCK], in float64 as are the sums
+    has_base: the last of the models is one, and all are taken less it
     """
     count = len(models) - 1 if has_base else len(models)
     for start in range(0, models[0].size, BLOCK):
-        stop = min(start + BLOCK, models[0].size)
-        size = stop - start
+        size = min(start + BLOCK, models[0].size) - start
         for m in range(len(models)):
-            _load(models[m][start:stop], work[m, :size])
+            _load(models[m][start : start + size], work[m, :size])
         for m in range(count):
             if has_base:
                 _subtract(work[m, :size], work[count, :size])
             for other in range(m + 1):
-                total[other, m] += _dot(work[other, :size], work[m, :size], work[len(models), :size])
-    for m in range(count):
-        for other in range(m):
-            total[m, other] = total[other, m]
+                for first in range(0, size, LANES):
+                    last = min(first + LANES, size)
+                    _add_products(sums[other, m], work[other, first:last], work[m, first:last])
 
 
 @compiled
-def _dot(part, other, room):
+def _add_products(sums, part, other):
     for i in range(part.size):
-        room[i] = part[i] * other[i]
-    return _total(room)
+        sums[i] = fma(part[i], other[i], sums[i])
+
+
+@compiled
+def gram(sums, total):
+    """Sum the lanes of `products` to dot products [N, N]; overwrites them."""
+    for m in range(len(total)):
+        for other in range(m + 1):
+            total[other, m] = total[m, other] = _total(sums[other, m])
 
 
 # SCE

@@ -2,15 +2,18 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from wtool import placed_file
-from wtool.placed_file import PlacedFile
+from wtool.placed_file import PlacedFile, Placement
 
 SIZE = 3_000_000
 CUTS = [
@@ -82,3 +85,47 @@ def test_an_error_of_the_disk_comes_out_and_the_buffers_are_free_again(
             put(opened, data, 0, 50_000)
     put(opened, data, 0, 50_000)
     assert (tmp_path / "file").read_bytes()[:1_000_000] == data.tobytes()
+
+
+def begun(file: PlacedFile, data: np.ndarray, position: int) -> Placement:
+    """Put, and not waited for."""
+    placement = file.place(position, data.size)
+    for begin in range(0, data.size, 100_000):
+        part = data[begin : begin + 100_000]
+        placement.room(part.size)[:] = part
+    placement.end()
+    return placement
+
+
+def test_the_next_is_put_together_while_the_last_is_written(
+    opened: PlacedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, pwrite = np.random.default_rng(3).integers(0, 256, SIZE, dtype=np.uint8), os.pwrite
+
+    def slowly(*arguments: Any) -> int:
+        time.sleep(0.01)
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", slowly)
+    cuts = [0, 250_000, 250_100, 1_000_001, SIZE]
+    placements = [begun(opened, data[begin:end], begin) for begin, end in pairwise(cuts)]
+    for placement in placements:
+        placement.wait()
+    assert (tmp_path / "file").read_bytes() == data.tobytes()
+
+
+def test_an_error_is_told_of_the_one_whose_it_is(
+    opened: PlacedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, pwrite = np.ones(1_000_000, dtype=np.uint8), os.pwrite
+
+    def failing(file: int, part: memoryview, position: int) -> int:
+        if position < 1_000_000:
+            raise OSError(28, "No space left on device")
+        return pwrite(file, part, position)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(OSError, match="No space left"):
+        begun(opened, data, 0).wait()
+    begun(opened, data, 1_000_000).wait()
+    assert (tmp_path / "file").read_bytes()[1_000_000:2_000_000] == data.tobytes()
