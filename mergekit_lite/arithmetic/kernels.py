@@ -50,6 +50,25 @@ def _compile_load(part, out):
     return _from_bfloat16 if part.dtype == types.uint16 else _copy
 
 
+def _plain_away(part, origin, out):
+    for i in range(out.size):
+        out[i] = part[i] - origin[i]
+
+
+def _bfloat16_away(part, origin, out):
+    for i in range(out.size):
+        out[i] = _bits(np.uint32(part[i]) << np.uint32(16)) - origin[i]
+
+
+def _load_away(part, origin, out):
+    """Read numbers, less those of the base, which were read before."""
+
+
+@overload(_load_away)
+def _compile_load_away(part, origin, out):
+    return _bfloat16_away if part.dtype == types.uint16 else _plain_away
+
+
 def _store(part, out):
     """Write numbers, to bfloat16 rounded to the nearest, and of two the even one."""
 
@@ -311,8 +330,7 @@ def merge(base, models, out, work, cuts, ends, factors, levels, times, weight, e
         total[:] = zero
         for m in range(len(models)):
             part = work[4 + m, :size]
-            _load(models[m][start:stop], part)
-            _subtract(part, origin)
+            _load_away(models[m][start:stop], origin, part)
             _thin(part, start, cuts[m], ends[m], factors[m][start:stop], levels[m])
             if elect and times[m] != one:
                 for i in range(size):
@@ -358,8 +376,7 @@ def lengths(base, model, work, cuts, ends, factors, level):
         stop = min(start + BLOCK, base.size)
         origin, part = work[0, : stop - start], work[1, : stop - start]
         _load(base[start:stop], origin)
-        _load(model[start:stop], part)
-        _subtract(part, origin)
+        _load_away(model[start:stop], origin, part)
         before += _length(part, origin)
         _thin(part, start, cuts, ends, factors[start:stop], level)
         after += _length(part, origin)
@@ -560,8 +577,7 @@ def _count_changes(base, models, start, stop, epsilon, work):
     count[:] = zero
     for m in range(len(models)):
         part = work[3 + m, :size]
-        _load(models[m][start:stop], part)
-        _subtract(part, origin)
+        _load_away(models[m][start:stop], origin, part)
         _keep(part, epsilon, 0)
         for i in range(size):
             count[i] += one if part[i] != zero else zero
