@@ -81,7 +81,7 @@ def pieces(tensors: Sequence[Tensor], unit: int = 1) -> Iterator[tuple[int, tupl
 
 
 def spans(tensors: Sequence[Tensor], unit: int = 1) -> Iterator[tuple[int, tuple[Array, ...]]]:
-    """The same in as few pieces as can be: in one, where the loops read the tensors as they lie."""
+    """The same, in as few pieces as can be: in one, where the loops read the tensors as they lie."""
     if _is_plain(tensors):
         yield 0, _reader(tensors)(0, tensors[0].numel())
     else:

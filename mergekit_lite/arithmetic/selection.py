@@ -132,9 +132,9 @@ def _search(magnitudes: Magnitudes, brackets: Mapping[int, Bracket]) -> dict[int
     pools = np.empty((len(most), room + loops.BLOCK + 1), dtype=kind)  # of which what is not filled takes no memory
     ends = np.empty((len(most), -(-count // loops.SEGMENT)), dtype=np.int64)
     factors = np.empty(0, kind) if magnitudes.rows is None else magnitudes.rows
-    work, flags = chunks.work(tensors, len(tensors) + 2), np.zeros(loops.BLOCK, dtype=np.uint8)
+    columns, work = magnitudes.columns, chunks.work(tensors, len(tensors) + 2)
+    flags = np.zeros(loops.BLOCK, dtype=np.uint8)
     for begin, parts in chunks.spans(tensors):
-        columns = magnitudes.columns
         loops.scan(parts, begin, columns, factors, low, high, most, above, inside, pools, ends, work, flags)
     found: dict[int, Cut] = {}
     for number, keep in enumerate(brackets):
