@@ -103,8 +103,8 @@ class Placement:
             return
         self._through_cache(self._first, begin)
         self._other.make_free()
-        for writing in filter(Future.done, self._writes):
-            writing.result()
+        while self._writes and self._writes[0].done():
+            self._writes.pop(0).result()
         self._other.memory[: self._last - end] = self._filling.memory[end : self._last]
         pages = self._filling.memory.data[begin:end]
         self._filling.writing = self._disk.submit(_write_all, self._direct, pages, self._origin + begin)
